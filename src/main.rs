@@ -1,1 +1,6 @@
-fn main() {}
+//! x
+use std::io::Write;
+fn main() -> anyhow::Result<()> {
+    std::io::stdout().write_all(gemini_batch_operator::api::crd::yaml()?.as_bytes())?;
+    Ok(())
+}

@@ -1,1 +1,34 @@
-//! api
+//! The custom resource: what users write (`spec`), what they watch (`status`), and the words both use.
+//!
+//! Pure data and pure functions; imports none of its siblings. The committed CRD in `crds/` is what
+//! [`crd::crd`] returns.
+
+pub mod conditions;
+pub mod crd;
+mod reason;
+mod spec;
+mod status;
+
+pub use reason::Reason;
+pub use spec::{
+    ConfigMapKeyRef, Credentials, GeminiBatchJob, GeminiBatchJobSpec, GeminiFileRef, Input, InputRequest,
+    LocalRef, Output, SecretKeyRef,
+};
+pub use status::{
+    Attempt, Callback, GeminiBatchJobStatus, OutputStatus, Refusal, RefusedCall, RequestCounts, State, Usage,
+};
+
+/// API group of everything this operator serves.
+pub const GROUP: &str = "geminibatch.dev";
+
+/// Held while something of the job may still exist at Gemini; removed as soon as nothing does.
+pub const FINALIZER: &str = "geminibatch.dev/remote-cleanup";
+
+/// Field manager of the controller: it alone writes `status`, apart from `status.callback`.
+pub const CONTROLLER_MANAGER: &str = "gemini-batch-controller";
+
+/// On the output object: UID of the job it was made for. An object without ours is never written to.
+pub const JOB_UID_ANNOTATION: &str = "geminibatch.dev/job-uid";
+
+/// On the output object: name of the job it was made for.
+pub const JOB_NAME_ANNOTATION: &str = "geminibatch.dev/job-name";

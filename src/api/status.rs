@@ -1,0 +1,276 @@
+//! What users watch, and what the operator needs to know after a restart. Every doc comment here is what
+//! `kubectl explain` prints.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, MicroTime, Time};
+use kube::KubeSchema;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// What is known of the job. Written by the operator only.
+#[derive(Serialize, Deserialize, KubeSchema, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new(
+        "!has(self.conditions) || !(self.conditions.exists(c, c.type == 'Complete' && c.status == 'True') && \
+         self.conditions.exists(c, c.type == 'Failed' && c.status == 'True'))"
+    )
+    .message("a job can't be Complete and Failed at once"),
+    validation = Rule::new(
+        "!has(oldSelf.conditions) || oldSelf.conditions.filter(c, \
+         c.type in ['Complete', 'Failed', 'Finished'] && c.status == 'True').all(o, has(self.conditions) && \
+         self.conditions.exists(c, c.type == o.type && c.status == 'True'))"
+    )
+    .message("Complete, Failed and Finished never revert")
+)]
+pub struct GeminiBatchJobStatus {
+    /// The `metadata.generation` that this status speaks of. -1: not looked at yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+
+    /// The job in one word, for whatever cannot read conditions, and a field selector:
+    /// `kubectl get gbj --field-selector status.state=Succeeded`.
+    #[serde(default)]
+    pub state: State,
+
+    /// `Submitted`: Gemini has the batch. `Complete`: results are where `output` says. `Failed`: there will
+    /// be none (or only part of them). `Finished`: either of the two, the one to wait for. `Ready`,
+    /// `Reconciling` and `Stalled` are for kstatus, Flux, Argo CD and `helm --wait`; `Stalled` says that
+    /// somebody has to change something, and what.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), extend(
+        "x-kubernetes-list-type" = "map",
+        "x-kubernetes-list-map-keys" = ["type"]
+    ))]
+    pub conditions: Vec<Condition>,
+
+    /// What was sent to Gemini. Recorded before it is sent, so that nothing is ever paid for twice.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 10), extend(
+        "x-kubernetes-list-type" = "map",
+        "x-kubernetes-list-map-keys" = ["number"]
+    ))]
+    pub attempts: Vec<Attempt>,
+
+    /// How many requests the job has and what became of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requests: Option<RequestCounts>,
+
+    /// Tokens that Gemini charged, summed over all results.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
+
+    /// The results.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output: Option<OutputStatus>,
+
+    /// The last verified callback of Gemini: a hint that makes the operator look, never a fact. Written by
+    /// the callback receiver only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub callback: Option<Callback>,
+
+    /// When the operator began to submit the job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_time: Option<Time>,
+
+    /// When the job became Complete or Failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub completion_time: Option<Time>,
+}
+
+/// A job in one word.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum State {
+    /// Not submitted yet. If it stays so, the condition `Stalled` says why.
+    #[default]
+    Pending,
+    /// Waits for Gemini's quota.
+    Queued,
+    /// Submitted, whatever Gemini calls it.
+    Running,
+    /// Its results are where they should be.
+    Succeeded,
+    /// Ended without (all of) its results.
+    Failed,
+    /// Ended because somebody cancelled the batch.
+    Cancelled,
+}
+
+impl State {
+    /// The word as it stands in the resource.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "Pending",
+            Self::Queued => "Queued",
+            Self::Running => "Running",
+            Self::Succeeded => "Succeeded",
+            Self::Failed => "Failed",
+            Self::Cancelled => "Cancelled",
+        }
+    }
+}
+
+/// One batch at Gemini, from the intent to create it to its end.
+#[derive(Serialize, Deserialize, KubeSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new(
+        "!has(oldSelf.batchName) || (has(self.batchName) && self.batchName == oldSelf.batchName)"
+    )
+    .message("an attempt's batchName is set once and never changed")
+)]
+pub struct Attempt {
+    /// Number of the attempt, from 1.
+    #[schemars(range(min = 1))]
+    pub number: i32,
+    /// Random, new for each request to create a batch.
+    #[schemars(length(max = 32))]
+    pub send_id: String,
+    /// The name that the batch bears at Gemini: how it is found again if the answer to its creation is lost.
+    #[schemars(length(max = 512))]
+    pub display_name: String,
+    /// The input file at Gemini.
+    #[schemars(length(max = 128))]
+    pub input_file: String,
+    /// SHA-256 of the input as uploaded, in hexadecimal. Absent for a `geminiFile`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub input_sha256: Option<String>,
+    /// How many requests the input holds. Absent for a `geminiFile`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_count: Option<i64>,
+    /// A keyed hash of the API key that was used: tells whether a later key is the same one.
+    #[schemars(length(max = 64))]
+    pub credential_fingerprint: String,
+    /// When the intent to send was recorded.
+    pub intent_time: MicroTime,
+    /// Set when Gemini refused the send: nothing was created, and nothing will be by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<Refusal>,
+    /// The batch at Gemini.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 128))]
+    pub batch_name: Option<String>,
+    /// When Gemini says that it created the batch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub create_time: Option<Time>,
+    /// When Gemini says that the batch ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end_time: Option<Time>,
+    /// The state that Gemini gave last, in its own words, without the prefix.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub remote_state: Option<String>,
+    /// `callback.webhookId` of the last callback that was acted on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 128))]
+    pub observed_hint: Option<String>,
+}
+
+/// A refusal by Gemini that is certain: nothing was created.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Refusal {
+    /// The call that was refused.
+    pub call: RefusedCall,
+    /// Why, as in the conditions.
+    #[schemars(length(max = 64))]
+    pub reason: String,
+    /// HTTP status code of the answer.
+    pub code: i32,
+    /// How many sends in a row were refused so.
+    pub count: i32,
+    /// When.
+    pub time: MicroTime,
+}
+
+/// A call to Gemini that can be refused before anything is created.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RefusedCall {
+    /// The upload of the input file.
+    Upload,
+    /// The creation of the batch.
+    Create,
+}
+
+/// Requests by outcome.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct RequestCounts {
+    /// All requests of the job.
+    #[serde(default)]
+    pub total: i64,
+    /// Those with a response.
+    #[serde(default)]
+    pub succeeded: i64,
+    /// Those with an error, and when the job has finished also those without any result.
+    #[serde(default)]
+    pub failed: i64,
+    /// Those without a result yet.
+    #[serde(default)]
+    pub pending: i64,
+}
+
+/// Token counts as Gemini reports them.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct Usage {
+    /// Tokens of the prompts.
+    #[serde(default)]
+    pub prompt_tokens: i64,
+    /// Tokens of the answers, thoughts included.
+    #[serde(default)]
+    pub output_tokens: i64,
+    /// All tokens.
+    #[serde(default)]
+    pub total_tokens: i64,
+}
+
+/// Where the results are.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct OutputStatus {
+    /// The result file at Gemini.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 128))]
+    pub file_name: Option<String>,
+    /// Until when the result file is certain to exist: 48 hours after the end of the batch. (Google's guide
+    /// says six weeks, but files were seen to vanish after two days.)
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expiration_time: Option<Time>,
+    /// Size of the result file in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<i64>,
+    /// SHA-256 of the result file, in hexadecimal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub sha256: Option<String>,
+    /// The ConfigMap that holds the results.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub config_map: Option<String>,
+}
+
+/// A verified callback.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Callback {
+    /// Identity of the callback; the same for its redeliveries.
+    #[schemars(length(max = 128))]
+    pub webhook_id: String,
+    /// What Gemini said happened, for example `batch.succeeded`.
+    #[serde(rename = "type")]
+    #[schemars(length(max = 64))]
+    pub type_: String,
+    /// The batch that the callback names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 128))]
+    pub batch_id: Option<String>,
+    /// The attempt whose callback URL was used.
+    pub attempt: i32,
+    /// When it happened, according to Gemini.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub event_time: Option<MicroTime>,
+    /// When the receiver took it.
+    pub received_time: MicroTime,
+}
