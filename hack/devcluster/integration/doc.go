@@ -1,0 +1,3 @@
+// Package integration runs a real cluster. Its tests need the built binary and
+// some seconds, and run only with the build tag "integration".
+package integration
