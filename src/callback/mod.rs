@@ -1,1 +1,8 @@
-//! callback
+//! What a callback is and when to believe it.
+//!
+//! Everything here is pure: bytes, keys and a clock value in, a verdict with a reason out. No I/O, no clock,
+//! no sibling module of the crate. The controller mints callback URLs with [`token`], the receiver checks
+//! deliveries against the same code, and `gemini-batch-operator verify` explains them.
+
+pub mod keyring;
+pub mod token;
