@@ -187,7 +187,11 @@ mod tests {
             with(rsa_jwk("a"), "kid", json!("k".repeat(257))),
         ];
         for key in &unusable {
-            assert_eq!(KeySet::parse(&jwks(&[key.clone()])).unwrap_err(), JwksError::Empty, "{key}");
+            assert_eq!(
+                KeySet::parse(&jwks(std::slice::from_ref(key))).unwrap_err(),
+                JwksError::Empty,
+                "{key}"
+            );
         }
         let mut all = unusable.to_vec();
         all.push(jwk(9));
@@ -210,7 +214,7 @@ mod tests {
             with(rsa_jwk("a"), "kid", json!("k".repeat(256))),
             with(rsa_jwk("a"), "kid", json!(7)),
         ] {
-            assert_eq!(KeySet::parse(&jwks(&[key.clone()])).unwrap().len(), 1, "{key}");
+            assert_eq!(KeySet::parse(&jwks(std::slice::from_ref(&key))).unwrap().len(), 1, "{key}");
         }
     }
 

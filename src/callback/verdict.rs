@@ -497,7 +497,7 @@ mod tests {
 
     #[test]
     fn any_body_can_be_signed() {
-        for body in [&b""[..], b".", &[0xff, 0, 0xfe], &[b'x'; 100_000]] {
+        for body in [&b""[..], b".", &[0xff, 0, 0xfe], &vec![b'x'; 100_000]] {
             let signature = sign_v1a(1, "i", SENT, body);
             assert!(judge(&Delivery { id: b"i", signature: signature.as_bytes(), body, ..m("") }).is_ok());
         }
