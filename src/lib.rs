@@ -1,6 +1,16 @@
-//! gemini-batch-operator: see `docs/architecture.md` for the picture of the house.
+//! gemini-batch-operator: takes Gemini batch jobs from `kubectl apply` to finished. `docs/architecture.md`
+//! has the picture of the house and its reasons.
+//!
+//! The library exists for the binary, the tests and the fuzz targets; its API is not stable.
+
+pub mod admin;
 pub mod api;
 pub mod callback;
+pub mod clock;
+pub mod config;
 pub mod controller;
 pub mod gemini;
+pub mod process;
 pub mod receiver;
+pub mod telemetry;
+pub mod verify;

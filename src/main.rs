@@ -1,6 +1,37 @@
-//! x
-use std::io::Write;
-fn main() -> anyhow::Result<()> {
-    std::io::stdout().write_all(gemini_batch_operator::api::crd::yaml()?.as_bytes())?;
+//! Parses arguments, builds the parts, runs until a signal.
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use gemini_batch_operator::config::{Cli, Command};
+use gemini_batch_operator::{api, process, telemetry, verify};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Crd => print_crd(),
+        Command::Verify(args) => return verify::run(&args),
+        Command::Run(args) => run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The whole chain: the first link alone rarely says what to change.
+            let _ = writeln!(std::io::stderr(), "gemini-batch-operator: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print_crd() -> anyhow::Result<()> {
+    std::io::stdout().write_all(api::crd::yaml()?.as_bytes())?;
     Ok(())
+}
+
+fn run(args: &gemini_batch_operator::config::RunArgs) -> anyhow::Result<()> {
+    args.check()?;
+    telemetry::init(&args.log_level, args.log_format)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(process::run(args))
 }

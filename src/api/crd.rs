@@ -19,6 +19,7 @@ pub fn crd() -> CustomResourceDefinition {
         not_nullable(root);
         if let Some(status) = root.properties.as_mut().and_then(|p| p.get_mut("status")) {
             status_defaults(status);
+            bound_conditions(status);
         }
     }
     crd
@@ -28,6 +29,18 @@ pub fn crd() -> CustomResourceDefinition {
 /// found by a field selector for `Pending`.
 fn status_defaults(status: &mut JSONSchemaProps) {
     status.default = Some(JSON(json!({"observedGeneration": -1, "state": "Pending"})));
+}
+
+/// The limits that Kubernetes documents for conditions: without them the API server assumes the worst when
+/// it estimates what the rules cost.
+fn bound_conditions(status: &mut JSONSchemaProps) {
+    let conditions = status.properties.as_mut().and_then(|p| p.get_mut("conditions"));
+    let Some(JSONSchemaPropsOrArray::Schema(item)) = conditions.and_then(|c| c.items.as_mut()) else { return };
+    for (name, max) in [("type", 316), ("status", 7), ("reason", 1024), ("message", 32_768)] {
+        if let Some(field) = item.properties.as_mut().and_then(|p| p.get_mut(name)) {
+            field.max_length = Some(max);
+        }
+    }
 }
 
 /// An optional field is left out, never null: with `nullable` a `null` would be stored and would count as set.

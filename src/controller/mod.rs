@@ -1,1 +1,114 @@
-//! controller
+//! The controller: observe -> decide -> act -> report, and the fallback sweep.
+//!
+//! | module | client | what it does |
+//! | --- | --- | --- |
+//! | [`observe`] | yes | collects all that a decision needs |
+//! | [`decide`] | no | what to do next: the whole lifecycle |
+//! | [`act`] | yes | takes one step, folds its outcome into [`memory`] |
+//! | [`report`] | yes | writes one change to the job, and its Event |
+//! | [`sweep`] | yes | finds what callbacks did not tell |
+//! | [`run`] | yes | drives the four, and the watch |
+//!
+//! Never imports `receiver`, nor the other way round: the job is their only meeting point.
+
+pub mod act;
+pub mod collect;
+pub mod decide;
+pub mod ending;
+pub mod identity;
+pub mod input;
+pub mod memory;
+pub mod observe;
+pub mod output;
+pub mod report;
+pub mod ring;
+pub mod run;
+pub mod sweep;
+
+use jiff::SignedDuration;
+
+use crate::api::Reason;
+
+/// What keeps a job from going on, and what to change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// For conditions, Events and metrics.
+    pub reason: Reason,
+    /// For people. Holds no secret and no text of a request.
+    pub message: String,
+}
+
+impl Problem {
+    /// A problem.
+    pub fn new(reason: Reason, message: impl Into<String>) -> Self {
+        Self { reason, message: message.into() }
+    }
+}
+
+/// What a decision needs to know of an input.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InputFacts {
+    /// SHA-256 in hexadecimal.
+    pub sha256: String,
+    /// Number of requests.
+    pub count: i64,
+}
+
+/// How patient the controller is. All durations are on the operator's clock.
+#[derive(Clone, Debug)]
+pub struct Timings {
+    /// Pauses before the further GETs after a callback that came before its batch had ended.
+    pub hint_pauses: Vec<SignedDuration>,
+    /// Pauses between listings for a batch that may exist; the last one repeats.
+    pub search_pauses: Vec<SignedDuration>,
+    /// Pauses between tries to read a result file; the last one repeats.
+    pub result_pauses: Vec<SignedDuration>,
+    /// After this long without its result file a job says that it is stalled.
+    pub result_late: SignedDuration,
+    /// After this long without its result file a succeeded batch counts as lost.
+    pub result_patience: SignedDuration,
+    /// After this long (and three looks) a batch that Gemini does not show counts as gone.
+    pub gone_after: SignedDuration,
+    /// The file of a refused send serves the next one for this long. Gemini keeps files for 48 hours.
+    pub reuse_file: SignedDuration,
+    /// For this long after the intent a file that is not there proves that it was never uploaded.
+    pub absent_file_proves: SignedDuration,
+    /// A deletion waits at most this long for the batch to be cancelled.
+    pub deletion: SignedDuration,
+    /// What is not watched (Secrets, ConfigMaps) is looked at again after half to one of these.
+    pub recheck: SignedDuration,
+    /// First pause after a refusal for lack of quota; doubled each time.
+    pub quota_first: SignedDuration,
+    /// Longest pause after a refusal for lack of quota.
+    pub quota_longest: SignedDuration,
+    /// First pause after a failed call; doubled each time.
+    pub trouble_first: SignedDuration,
+    /// Longest pause after failed calls.
+    pub trouble_longest: SignedDuration,
+    /// Pause between two sweeps, jittered by a tenth.
+    pub sweep: SignedDuration,
+}
+
+impl Default for Timings {
+    fn default() -> Self {
+        let seconds =
+            |list: &[i64]| list.iter().map(|s| SignedDuration::from_secs(*s)).collect::<Vec<_>>();
+        Self {
+            hint_pauses: seconds(&[5, 30, 120]),
+            search_pauses: seconds(&[5, 10, 30, 60, 120, 300, 600]),
+            result_pauses: seconds(&[1, 2, 4, 8, 15, 30, 60, 120, 300, 600]),
+            result_late: SignedDuration::from_mins(10),
+            result_patience: SignedDuration::from_hours(24),
+            gone_after: SignedDuration::from_mins(10),
+            reuse_file: SignedDuration::from_hours(40),
+            absent_file_proves: SignedDuration::from_hours(24),
+            deletion: SignedDuration::from_mins(5),
+            recheck: SignedDuration::from_secs(40),
+            quota_first: SignedDuration::from_mins(1),
+            quota_longest: SignedDuration::from_hours(1),
+            trouble_first: SignedDuration::from_secs(1),
+            trouble_longest: SignedDuration::from_mins(5),
+            sweep: SignedDuration::from_mins(10),
+        }
+    }
+}

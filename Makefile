@@ -1,0 +1,80 @@
+# Every target does its own set-up. Caches live outside the clone: in CARGO_TARGET_DIR if set, and in
+# GBO_CACHE_DIR (default ~/.cache/gemini-batch-operator) for the control plane and the Python packages.
+
+SHELL := bash
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+export GBO_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gemini-batch-operator
+TARGET_DIR = $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
+CARGO ?= cargo
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+# ------------------------------------------------------------------------------------ for users
+
+.PHONY: demo
+demo: ## Run the main job, from kubectl apply to results, and print what it cost
+	@$(call run-demo,)
+
+.PHONY: up
+up: ## The same as demo, left running to play with until Ctrl-C
+	@$(call run-demo,--keep)
+
+.PHONY: test
+test: toolchain control-plane ## Run all tests: unit, property, a real API server, the official Python SDK
+	@echo "== Rust tests (unit, property, operator on a real API server, simulator)"
+	GBO_DEVCLUSTER="$$(hack/devcluster/ensure.sh)" $(CARGO) test --workspace --locked --features crash-points
+	@echo "== Go tests (control plane launcher)"
+	cd hack/devcluster && CGO_ENABLED=0 GOFLAGS=-mod=readonly go test -trimpath ./...
+
+# ------------------------------------------------------------------------------- for developers
+
+.PHONY: check
+check: fmt lint generated ## Format, lints and generated files, as CI checks them
+
+.PHONY: fmt
+fmt: ## Fail if the sources are not formatted
+	$(CARGO) fmt --all --check
+	@unformatted="$$(gofmt -l hack)"; if [ -n "$$unformatted" ]; then echo "gofmt: $$unformatted"; exit 1; fi
+
+.PHONY: lint
+lint: ## clippy and go vet, warnings are errors
+	$(CARGO) clippy --workspace --all-targets --locked --features crash-points -- -D warnings
+	cd hack/devcluster && CGO_ENABLED=0 go vet -trimpath ./...
+
+.PHONY: generate
+generate: ## Write the generated files anew (crds/)
+	@mkdir -p crds
+	$(CARGO) run --quiet --locked -- crd > crds/geminibatchjobs.yaml.new
+	@mv crds/geminibatchjobs.yaml.new crds/geminibatchjobs.yaml
+
+.PHONY: generated
+generated: ## Fail if a committed generated file is not what the code generates
+	@$(CARGO) run --quiet --locked -- crd | diff -u crds/geminibatchjobs.yaml - \
+	  || { echo "crds/ differs from what the code generates: run 'make generate' and commit"; exit 1; }
+
+# ------------------------------------------------------------------------------------- internal
+
+.PHONY: toolchain
+toolchain:
+	@for tool in cargo go python3; do command -v $$tool >/dev/null \
+	  || { echo "$$tool is missing: this project builds with Rust (rustup.rs), Go (go.dev) and Python 3"; exit 1; }; done
+
+.PHONY: control-plane
+control-plane:
+	@hack/devcluster/ensure.sh >/dev/null
+
+define run-demo
+$(MAKE) toolchain control-plane
+echo "== building the operator and the simulator (the first time takes a few minutes)"
+$(CARGO) build --locked --bin gemini-batch-operator
+$(CARGO) build --locked -p gemini-simulator
+devcluster="$$(hack/devcluster/ensure.sh)"
+exec python3 hack/demo.py $(1) --devcluster "$$devcluster" --kubectl "$$(dirname "$$devcluster")/kubectl" \
+  --operator "$(TARGET_DIR)/debug/gemini-batch-operator" --simulator "$(TARGET_DIR)/debug/gemini-simulator"
+endef

@@ -1,0 +1,220 @@
+//! Every flag and environment variable, in one place.
+
+use std::net::SocketAddr;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use url::Url;
+
+use crate::telemetry::LogFormat;
+
+/// Takes Gemini batch jobs from `kubectl apply` to finished.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the operator.
+    Run(Box<RunArgs>),
+    /// Print the CustomResourceDefinition as YAML.
+    Crd,
+    /// Say why a callback is accepted or refused.
+    Verify(crate::verify::VerifyArgs),
+}
+
+/// Which half of the operator to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Role {
+    /// Both: for demos and small installations.
+    All,
+    /// Submits jobs and collects results.
+    Controller,
+    /// Takes callbacks. May patch the status of jobs and read the key ring, nothing else.
+    Receiver,
+}
+
+impl Role {
+    /// Whether the controller runs.
+    #[must_use]
+    pub fn has_controller(self) -> bool {
+        self != Self::Receiver
+    }
+
+    /// Whether the receiver runs.
+    #[must_use]
+    pub fn has_receiver(self) -> bool {
+        self != Self::Controller
+    }
+}
+
+/// Flags of `run`. Each has an environment variable of the same name, with the prefix `GBO_`.
+#[derive(Args, Clone, Debug)]
+pub struct RunArgs {
+    /// Which half of the operator to run.
+    #[arg(long, env = "GBO_ROLE", value_enum, default_value = "all")]
+    pub role: Role,
+
+    /// Namespace of the operator: where its key ring is. Default: the namespace of the pod, or of the
+    /// kubeconfig's context.
+    #[arg(long, env = "GBO_NAMESPACE")]
+    pub namespace: Option<String>,
+
+    /// Secret in the operator's namespace that holds the keys of callback URLs. The controller creates it.
+    #[arg(long, env = "GBO_KEY_RING_SECRET", default_value = "gemini-batch-operator-callback-keys")]
+    pub key_ring_secret: String,
+
+    /// Identifies this cluster in the names of batches. Default: the UID of the namespace kube-system.
+    #[arg(long, env = "GBO_CLUSTER_ID")]
+    pub cluster_id: Option<String>,
+
+    /// Where Gemini reaches the receiver, for example https://batch-callbacks.example.com. The controller
+    /// puts it into the callback URL of each batch, the receiver checks that callbacks were meant for it.
+    #[arg(long, env = "GBO_EXTERNAL_URL")]
+    pub external_url: Option<Url>,
+
+    /// Accept an external URL that is not https: for tests on one machine.
+    #[arg(long, env = "GBO_ALLOW_INSECURE_CALLBACKS")]
+    pub allow_insecure_callbacks: bool,
+
+    /// Where the receiver listens for callbacks.
+    #[arg(long, env = "GBO_LISTEN", default_value = "0.0.0.0:8080")]
+    pub listen: SocketAddr,
+
+    /// Where /healthz, /readyz and /metrics are served.
+    #[arg(long, env = "GBO_ADMIN_LISTEN", default_value = "0.0.0.0:8081")]
+    pub admin_listen: SocketAddr,
+
+    /// The Gemini API.
+    #[arg(long, env = "GBO_GEMINI_BASE_URL", default_value = "https://generativelanguage.googleapis.com")]
+    pub gemini_base_url: Url,
+
+    /// Version of the Gemini API.
+    #[arg(long, env = "GBO_GEMINI_API_VERSION", default_value = "v1beta")]
+    pub gemini_api_version: String,
+
+    /// Where the keys that sign callbacks are published. Default: /.well-known/jwks.json of the Gemini API.
+    #[arg(long, env = "GBO_JWKS_URL")]
+    pub jwks_url: Option<Url>,
+
+    /// Accept a Gemini API and a JWKS URL that are not https: for the simulator.
+    #[arg(long, env = "GBO_ALLOW_INSECURE_UPSTREAM")]
+    pub allow_insecure_upstream: bool,
+
+    /// Largest input of a job, in bytes. Gemini takes 2 GB.
+    #[arg(long, env = "GBO_MAX_INPUT_BYTES", default_value_t = 2_000_000_000)]
+    pub max_input_bytes: u64,
+
+    /// How many jobs are worked on at the same time.
+    #[arg(long, env = "GBO_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
+    pub concurrency: u16,
+
+    /// Seconds between two sweeps for what callbacks did not tell.
+    #[arg(long, env = "GBO_SWEEP_SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..))]
+    pub sweep_seconds: u32,
+
+    /// Log level, for example info, debug, or warn,gemini_batch_operator=debug.
+    #[arg(long, env = "GBO_LOG_LEVEL", default_value = "info")]
+    pub log_level: String,
+
+    /// Log format.
+    #[arg(long, env = "GBO_LOG_FORMAT", value_enum, default_value = "json")]
+    pub log_format: LogFormat,
+
+    /// For tests: the moment (Unix milliseconds) from which on the clock runs faster.
+    #[arg(long, env = "GBO_CLOCK_ORIGIN_UNIX_MS", hide = true, default_value_t = 0)]
+    pub clock_origin_unix_ms: u64,
+
+    /// For tests: how many times faster.
+    #[arg(long, env = "GBO_CLOCK_FACTOR", hide = true, default_value_t = 1.0)]
+    pub clock_factor: f64,
+}
+
+/// A combination of flags that can't work.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Both roles need the external URL.
+    #[error(
+        "--external-url is missing: the address at which Gemini reaches the callback receiver, \
+         for example https://batch-callbacks.example.com"
+    )]
+    NoExternalUrl,
+    /// An external URL must be https.
+    #[error(
+        "--external-url must be https, Gemini's callbacks cross the internet; \
+         --allow-insecure-callbacks permits http for tests on one machine"
+    )]
+    InsecureExternalUrl,
+    /// It has parts that can't be kept.
+    #[error("--external-url must not have a query, a fragment or a user name")]
+    ExternalUrlParts,
+    /// A clock that stands still or runs backwards.
+    #[error("--clock-factor must be a number above 0")]
+    ClockFactor,
+}
+
+impl RunArgs {
+    /// Checks what clap can't.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if !(self.clock_factor.is_finite() && self.clock_factor > 0.0) {
+            return Err(ConfigError::ClockFactor);
+        }
+        let url = self.external_url.as_ref().ok_or(ConfigError::NoExternalUrl)?;
+        if url.scheme() != "https" && !(url.scheme() == "http" && self.allow_insecure_callbacks) {
+            return Err(ConfigError::InsecureExternalUrl);
+        }
+        if url.query().is_some() || url.fragment().is_some() || !url.username().is_empty() {
+            return Err(ConfigError::ExternalUrlParts);
+        }
+        Ok(())
+    }
+
+    /// Where signing keys are published.
+    #[must_use]
+    pub fn jwks_url(&self) -> Url {
+        self.jwks_url.clone().unwrap_or_else(|| {
+            let mut url = self.gemini_base_url.clone();
+            url.set_path("/.well-known/jwks.json");
+            url
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(args: &[&str]) -> Result<(), ConfigError> {
+        let cli = Cli::parse_from(["gemini-batch-operator", "run"].into_iter().chain(args.iter().copied()));
+        match cli.command {
+            Command::Run(run) => run.check(),
+            _ => unreachable!("the arguments say run"),
+        }
+    }
+
+    #[test]
+    fn both_roles_need_an_https_url() {
+        for role in ["all", "controller", "receiver"] {
+            assert_eq!(check(&["--role", role]), Err(ConfigError::NoExternalUrl));
+        }
+        assert_eq!(check(&["--external-url", "http://x"]), Err(ConfigError::InsecureExternalUrl));
+        assert_eq!(check(&["--external-url", "http://x", "--allow-insecure-callbacks"]), Ok(()));
+        assert_eq!(
+            check(&["--external-url", "ftp://x", "--allow-insecure-callbacks"]),
+            Err(ConfigError::InsecureExternalUrl)
+        );
+        assert_eq!(check(&["--external-url", "https://x/prefix"]), Ok(()));
+        assert_eq!(check(&["--external-url", "https://x/?a=b"]), Err(ConfigError::ExternalUrlParts));
+        assert_eq!(check(&["--external-url", "https://x", "--clock-factor", "0"]), Err(ConfigError::ClockFactor));
+    }
+
+    #[test]
+    fn the_cli_is_consistent() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,398 @@
+//! How a job ends and what it says on the way: counts, reasons and messages. Pure: no client required.
+//!
+//! Every message says what happened and, where somebody can do something, what to change. None quotes a
+//! request, a response or a message of Gemini's, which may quote them.
+
+use std::fmt::Write as _;
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+use super::Problem;
+use super::collect::Collected;
+use super::decide::Results;
+use super::memory::{Refused, after};
+use crate::api::conditions::cut;
+use crate::api::{
+    Attempt, GeminiBatchJob, OutputStatus, Reason, Refusal, RefusedCall, RequestCounts, State,
+};
+use crate::gemini::{Batch, BatchName, BatchState, Error, Hint};
+
+/// Until then the result file is certain to exist: the shortest life that was ever reported. (Google's
+/// guide says six weeks.)
+const RESULT_LIFE: SignedDuration = SignedDuration::from_hours(48);
+
+/// Keys named in a message, each cut to this many bytes.
+const NAMED_KEYS: usize = 5;
+const NAMED_KEY_BYTES: usize = 64;
+
+/// How a job ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct End {
+    /// The last state.
+    pub state: State,
+    /// The last reason.
+    pub reason: Reason,
+    /// What happened.
+    pub message: String,
+    /// Counts, tokens and where the results are.
+    pub results: Results,
+    /// The batch's last state in Gemini's words, without the prefix.
+    pub remote_state: Option<String>,
+    /// When Gemini says that the batch ended.
+    pub end_time: Option<Timestamp>,
+    /// The refusal that ended the job.
+    pub refusal: Option<Refusal>,
+    /// The callback that led here.
+    pub hint: Option<String>,
+}
+
+/// The end of a job whose batch has ended, or is gone.
+#[must_use]
+pub fn ended(
+    a: &Attempt,
+    batch: Option<&Batch>,
+    collected: Option<&Collected>,
+    stored: Option<&str>,
+    hint: Option<String>,
+) -> End {
+    let results = results(a, batch, collected, stored);
+    let (state, reason, message) = verdict(batch, collected, results.requests.unwrap_or_default());
+    End {
+        state,
+        reason,
+        message,
+        results,
+        remote_state: batch.map(|b| b.state.as_str().to_owned()),
+        end_time: batch.and_then(|b| b.end_time),
+        refusal: None,
+        hint,
+    }
+}
+
+fn verdict(
+    batch: Option<&Batch>,
+    collected: Option<&Collected>,
+    counts: RequestCounts,
+) -> (State, Reason, String) {
+    let partial = if counts.succeeded > 0 {
+        format!("; {} of {} requests have a response, which was collected", counts.succeeded, counts.total)
+    } else {
+        "; no request has a response".to_owned()
+    };
+    match batch.map(|b| b.state) {
+        Some(BatchState::Succeeded) => match collected {
+            None => (
+                State::Failed,
+                Reason::ResultsLost,
+                "Gemini says that the batch succeeded, but its result file can't be read with this API key; \
+                 status.output.fileName names it"
+                    .to_owned(),
+            ),
+            Some(c) if counts.succeeded == 0 => {
+                (State::Failed, Reason::AllRequestsFailed, format!("no request has a response{}", details(c)))
+            }
+            Some(c) => {
+                let reason =
+                    if counts.failed > 0 { Reason::CompletedWithFailures } else { Reason::Completed };
+                let message = match counts.failed {
+                    0 => format!("all {} requests succeeded", counts.total),
+                    failed => format!(
+                        "{} of {} requests succeeded, {failed} failed",
+                        counts.succeeded, counts.total
+                    ),
+                };
+                (State::Succeeded, reason, message + &details(c))
+            }
+        },
+        Some(BatchState::Expired) => (
+            State::Failed,
+            Reason::BatchExpired,
+            format!("Gemini gave the batch up after its time limit{partial}; smaller jobs finish sooner"),
+        ),
+        Some(BatchState::Cancelled) => (
+            State::Cancelled,
+            Reason::BatchCancelled,
+            format!("the batch was cancelled at Gemini, not by this operator{partial}"),
+        ),
+        Some(_) => (State::Failed, Reason::BatchFailed, {
+            let code = batch.and_then(|b| b.error.as_ref()).map(|e| format!(" (code {})", e.code));
+            format!("Gemini says that the batch failed{}{partial}", code.unwrap_or_default())
+        }),
+        None => (
+            State::Failed,
+            Reason::BatchNotFound,
+            format!(
+                "the batch does not exist at Gemini any more: somebody deleted it, or this API key may not \
+                 see it{partial}"
+            ),
+        ),
+    }
+}
+
+/// What is odd about the results, each part only where there is something to say.
+fn details(c: &Collected) -> String {
+    let mut text = String::new();
+    if !c.failed.is_empty() {
+        let named: Vec<String> = c
+            .failed
+            .iter()
+            .take(NAMED_KEYS)
+            .map(|(key, code)| match code {
+                Some(code) => format!("{} (code {code})", short(key)),
+                None => short(key),
+            })
+            .collect();
+        let _ = write!(text, "; errors: {}{}", named.join(", "), more(c.failed_lines, named.len()));
+    }
+    if c.missing_keys > 0 {
+        let named: Vec<String> = c.missing.iter().take(NAMED_KEYS).map(|k| short(k)).collect();
+        let _ = write!(
+            text,
+            "; {} without any result: {}{}",
+            c.missing_keys,
+            named.join(", "),
+            more(c.missing_keys, named.len())
+        );
+    }
+    for (count, what) in [
+        (c.duplicate_lines, "lines repeat a key (the first one counts)"),
+        (c.foreign_lines, "lines have a key that was not sent"),
+        (c.malformed_lines, "lines can't be read"),
+    ] {
+        if count > 0 {
+            let _ = write!(text, "; {count} {what}");
+        }
+    }
+    if !c.joined && c.input_changed {
+        text.push_str(
+            "; the input was changed after the submission, so the results are stored as they came, not joined \
+             with it",
+        );
+    }
+    text
+}
+
+fn short(key: &str) -> String {
+    let cut_key = cut(key, NAMED_KEY_BYTES);
+    if cut_key.len() < key.len() { format!("{cut_key}…") } else { key.to_owned() }
+}
+
+fn more(all: i64, named: usize) -> String {
+    match all - i64::try_from(named).unwrap_or(i64::MAX) {
+        n if n > 0 => format!(" and {n} more"),
+        _ => String::new(),
+    }
+}
+
+/// What is known of the results.
+#[must_use]
+pub fn results(
+    a: &Attempt,
+    batch: Option<&Batch>,
+    collected: Option<&Collected>,
+    stored: Option<&str>,
+) -> Results {
+    let known = a.request_count.or_else(|| batch.and_then(|b| b.stats).map(|s| s.total));
+    let succeeded = collected.map_or(0, |c| c.succeeded_lines);
+    let lines = collected.map_or(0, |c| c.succeeded_lines + c.failed_lines);
+    let total = known.unwrap_or(lines).max(succeeded);
+    let file = collected.and_then(|c| c.file.clone()).or_else(|| {
+        batch.filter(|b| b.state == BatchState::Succeeded).map(|b| b.output_file_or_derived().to_string())
+    });
+    Results {
+        requests: Some(RequestCounts { total, succeeded, failed: total - succeeded, pending: 0 }),
+        usage: collected.map(|c| c.usage),
+        output: file.map(|file_name| OutputStatus {
+            file_name: Some(file_name),
+            expiration_time: batch.and_then(|b| b.end_time).map(|t| Time(after(t, RESULT_LIFE))),
+            bytes: collected.map(|c| c.bytes),
+            sha256: collected.map(|c| c.sha256.clone()),
+            config_map: stored.map(ToOwned::to_owned),
+        }),
+    }
+}
+
+/// The end of a job that Gemini refused for good.
+#[must_use]
+pub fn refused(a: &Attempt, refused: &Refused) -> End {
+    End {
+        state: State::Failed,
+        reason: refused.reason,
+        message: refused.message.clone(),
+        results: Results {
+            requests: a.request_count.map(|total| RequestCounts {
+                total,
+                succeeded: 0,
+                failed: total,
+                pending: 0,
+            }),
+            ..Results::default()
+        },
+        remote_state: None,
+        end_time: None,
+        refusal: Some(refused.refusal.clone()),
+        hint: None,
+    }
+}
+
+/// What to tell the user of a refusal that may pass.
+#[must_use]
+pub fn refusal_problem(refusal: &Refusal) -> Problem {
+    let call = match refusal.call {
+        RefusedCall::Upload => "the upload of the input file",
+        RefusedCall::Create => "the creation of the batch",
+    };
+    let code = refusal.code;
+    let text = match refusal.reason.as_str() {
+        "WaitingForQuota" => {
+            return Problem::new(
+                Reason::WaitingForQuota,
+                format!("Gemini refused {call} for lack of quota (HTTP {code}); nothing was created, it is tried again"),
+            );
+        }
+        "CredentialsRefused" => {
+            return Problem::new(
+                Reason::CredentialsRefused,
+                format!(
+                    "Gemini refused the API key for {call} (HTTP {code}); nothing was created. Put a valid key \
+                     into the Secret that spec.credentials.secretRef names, or allow this one to use the Gemini API"
+                ),
+            );
+        }
+        _ => format!("Gemini refused {call} (HTTP {code}); nothing was created, it is tried again"),
+    };
+    let reason = Reason::ALL.into_iter().find(|r| r.as_str() == refusal.reason);
+    Problem::new(reason.unwrap_or(Reason::PreconditionFailed), text)
+}
+
+/// It is not known whether the batch was created.
+#[must_use]
+pub fn unconfirmed(a: &Attempt) -> Problem {
+    Problem::new(
+        Reason::SubmissionUnconfirmed,
+        format!(
+            "it is not known whether Gemini created the batch: its answer was lost. It is looked for under the \
+             display name {}, and not sent again, so that it is not paid for twice. To give it up, delete this job",
+            a.display_name
+        ),
+    )
+}
+
+/// Another key than the one that the batch was sent with.
+#[must_use]
+pub fn credentials_changed(consequence: &str) -> Problem {
+    Problem::new(
+        Reason::CredentialsChanged,
+        format!(
+            "the API key is not the one that the batch was sent with, and {consequence}: put back the old key, or \
+             a key of the same project that may see the batch"
+        ),
+    )
+}
+
+/// Gemini does not show the batch.
+#[must_use]
+pub fn missing(name: &BatchName) -> Problem {
+    Problem::new(
+        Reason::GeminiUnavailable,
+        format!("Gemini does not show {name} at the moment; it is asked again before the job is given up"),
+    )
+}
+
+/// The result file can't be read yet.
+#[must_use]
+pub fn not_readable(name: &BatchName, give_up: Timestamp) -> Problem {
+    Problem::new(
+        Reason::ResultsNotReadable,
+        format!(
+            "{name} has ended, but its result file can't be read yet; it is tried until {}",
+            give_up.strftime("%Y-%m-%dT%H:%M:%SZ")
+        ),
+    )
+}
+
+/// The results do not fit.
+#[must_use]
+pub fn too_large(name: &str, bytes: i64) -> Problem {
+    Problem::new(
+        Reason::OutputTooLarge,
+        format!(
+            "the results ({bytes} bytes) do not fit into ConfigMap {name}, which holds at most 1 MiB. Remove \
+             spec.output to finish the job with the results left in the file that status.output.fileName names"
+        ),
+    )
+}
+
+/// The job goes, but its batch could not be stopped.
+#[must_use]
+pub fn orphaned(a: &Attempt, problem: Option<&Problem>) -> Problem {
+    let batch = a.batch_name.as_deref().unwrap_or(&a.display_name);
+    let why = problem.map_or_else(String::new, |p| format!(": {}", p.message));
+    Problem::new(
+        Reason::Orphaned,
+        format!("the job was deleted, but {batch} could not be cancelled and may go on at Gemini{why}"),
+    )
+}
+
+/// What a refusal by Gemini means for the user, and whether nothing that can still be changed would help;
+/// `None` if the error is no refusal.
+#[must_use]
+pub fn refusal_of(call: RefusedCall, error: &Error, job: &GeminiBatchJob) -> Option<(Problem, bool)> {
+    if !error.is_refusal() {
+        return None;
+    }
+    let theirs = job.spec.input.gemini_file.as_ref();
+    let model = &job.spec.model;
+    Some(if error.is_quota() {
+        (Problem::new(Reason::WaitingForQuota, ""), false)
+    } else if error.is_credentials() {
+        (Problem::new(Reason::CredentialsRefused, ""), false)
+    } else if call == RefusedCall::Create && error.hint() == Some(Hint::File) {
+        match theirs {
+            Some(file) => (
+                Problem::new(
+                    Reason::InputFileNotFound,
+                    format!(
+                        "{} does not exist at Gemini, or not for this API key: uploads live for 48 hours. Create a \
+                         new GeminiBatchJob with a file that exists",
+                        file.name
+                    ),
+                ),
+                true,
+            ),
+            // Ours expired between two sends: the next one uploads it again.
+            None => (Problem::new(Reason::InputFileNotFound, ""), false),
+        }
+    } else if call == RefusedCall::Create && error.http_code() == 404 {
+        (
+            Problem::new(
+                Reason::ModelNotFound,
+                format!(
+                    "Gemini has no model {model} that takes batches with this API key: create a new GeminiBatchJob \
+                     with a model that does, for example gemini-2.5-flash"
+                ),
+            ),
+            true,
+        )
+    } else if error.is_precondition() || error.http_code() != 400 {
+        (Problem::new(Reason::PreconditionFailed, ""), false)
+    } else {
+        (Problem::new(Reason::InputRefused, refused_input(error)), true)
+    })
+}
+
+fn refused_input(error: &Error) -> String {
+    let mut text = "Gemini refused the input".to_owned();
+    for (index, line) in error.lines().iter().enumerate() {
+        let _ = write!(text, "{} line {}: {}", if index == 0 { ":" } else { ";" }, line.line, line.what);
+    }
+    if error.hint() == Some(Hint::TooLarge) {
+        text.push_str(": it is too large; split the requests over several jobs");
+    }
+    text.push_str(
+        ". Nothing was created. Correct the requests (see the GenerateContentRequest of Gemini's API) and create a \
+         new GeminiBatchJob",
+    );
+    text
+}

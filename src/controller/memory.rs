@@ -1,0 +1,317 @@
+//! What this process knows of a job beyond its status: lost on a restart, and never needed for safety.
+//! Pure: no client required.
+//!
+//! An action's outcome is folded in here; the next decision reads it. What has to survive a restart is
+//! written to the job's status before the next action is taken.
+
+use jiff::{SignedDuration, Timestamp};
+
+use super::Problem;
+use super::collect::Collected;
+use super::decide::Wake;
+use crate::api::{Reason, Refusal};
+use crate::gemini::{Batch, BatchName};
+
+/// Everything remembered of one job.
+#[derive(Clone, Debug, Default)]
+pub struct Memory {
+    /// How far the send of the current attempt has come.
+    pub send: Option<Send>,
+    /// Whether the output object is ours, and what stands in the way if not.
+    pub output: OutputObject,
+    /// The last answer to a GET of the batch.
+    pub remote: Option<Remote>,
+    /// What the result file holds, once it was read to its end.
+    pub collected: Option<Collected>,
+    /// Since when the result file is awaited, and how often it was asked for.
+    pub unreadable: Option<Tries>,
+    /// When GETs are due and how many are left.
+    pub looks: Looks,
+    /// The last probe of a key that Gemini had refused.
+    pub probe: Option<Probe>,
+    /// A call to Gemini that fails for now.
+    pub trouble: Option<Trouble>,
+    /// Steps of the clean-up that are done.
+    pub cleanup: Cleanup,
+    /// The version of the job that the last turn left behind, and when to come again.
+    pub settled: Option<(String, Wake)>,
+}
+
+/// How far one send has come.
+#[derive(Clone, Debug)]
+pub struct Send {
+    /// `attempts[].sendId` that this speaks of.
+    pub send_id: String,
+    /// How far.
+    pub stage: Stage,
+}
+
+/// The stages of a send. A process that did not record the intent itself starts at `Unsure`.
+#[derive(Clone, Debug)]
+pub enum Stage {
+    /// The file is not at Gemini, so the batch can't have been asked for.
+    NotUploaded,
+    /// The file is there under this name, and this process has not asked for the batch.
+    Uploaded {
+        /// The name that Gemini gave it.
+        file: String,
+    },
+    /// The batch may have been asked for.
+    Unsure(Search),
+    /// Gemini refused; nothing was created.
+    Refused(Refused),
+    /// Gemini answered with a batch.
+    Created(Box<Batch>),
+    /// The batch was found by looking for it.
+    Found(Box<Batch>),
+}
+
+/// The search for a batch that may exist.
+#[derive(Clone, Debug, Default)]
+pub struct Search {
+    /// Complete listings that did not show it.
+    pub listings: u32,
+    /// When the next one is due.
+    pub next: Option<Timestamp>,
+    /// A batch that a callback named, was looked at and is not ours.
+    pub refuted: Option<BatchName>,
+}
+
+/// A refusal, as it will be recorded.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Refused {
+    /// What goes into `attempts[].refusal`.
+    pub refusal: Refusal,
+    /// The same reason, typed.
+    pub reason: Reason,
+    /// What to tell the user.
+    pub message: String,
+    /// Whether nothing that the user can still change would help.
+    pub is_final: bool,
+}
+
+/// The output object.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum OutputObject {
+    /// Not looked at by this process.
+    #[default]
+    Unknown,
+    /// There, ours.
+    Reserved {
+        /// Its name.
+        name: String,
+    },
+    /// The results are in it.
+    Stored {
+        /// Its name.
+        name: String,
+    },
+    /// Not usable.
+    Blocked {
+        /// Why, and what to change.
+        problem: Problem,
+        /// `metadata.generation` at that time.
+        generation: i64,
+        /// When to look again; never, if only a change of the job can help.
+        retry: Option<Timestamp>,
+    },
+}
+
+/// The answer to a GET of the batch.
+#[derive(Clone, Debug)]
+pub enum Remote {
+    /// The batch as Gemini shows it.
+    Seen(Box<Batch>),
+    /// Gemini does not show it to this key.
+    Missing(Tries),
+}
+
+/// Something that was tried in vain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tries {
+    /// The first time.
+    pub since: Timestamp,
+    /// How often.
+    pub count: u32,
+    /// When the next try is due.
+    pub next: Timestamp,
+}
+
+impl Tries {
+    /// One more try in vain. `pauses` are the pauses between tries; the last one repeats.
+    #[must_use]
+    pub fn again(before: Option<Self>, now: Timestamp, pauses: &[SignedDuration]) -> Self {
+        let count = before.map_or(1, |t| t.count.saturating_add(1));
+        let index = usize::try_from(count).unwrap_or(usize::MAX).min(pauses.len()).saturating_sub(1);
+        let pause = pauses.get(index).copied().unwrap_or(SignedDuration::from_secs(60));
+        Self { since: before.map_or(now, |t| t.since), count, next: after(now, pause) }
+    }
+}
+
+/// A call that fails for now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trouble {
+    /// How often in a row.
+    pub failures: u32,
+    /// When the next try is due.
+    pub next: Timestamp,
+    /// What failed, for the condition.
+    pub problem: Problem,
+}
+
+/// The outcome of a probe of a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// The key, by its fingerprint.
+    pub fingerprint: String,
+    /// Whether Gemini accepts it.
+    pub accepted: bool,
+    /// When it may be asked again.
+    pub next: Timestamp,
+}
+
+/// Steps of the clean-up after the end, or of a deletion.
+#[derive(Clone, Debug, Default)]
+pub struct Cleanup {
+    /// The input file is gone.
+    pub input_deleted: bool,
+    /// The reserved output object was released.
+    pub output_released: bool,
+    /// Batches that the search before deletion found and that must be cancelled.
+    pub to_cancel: Vec<BatchName>,
+    /// The batch of the attempt was cancelled, or needs no cancelling.
+    pub cancelled: bool,
+    /// Complete listings: one before the input file is deleted, one after.
+    pub listings: u32,
+    /// Tries that failed.
+    pub failed: Option<Tries>,
+}
+
+/// When to GET a batch: at once for a new hint, a few times more if Gemini still says that it runs, and
+/// when the sweep saw that it changed. A budget delays GETs, it never drops the last one.
+#[derive(Clone, Debug, Default)]
+pub struct Looks {
+    /// The hint that is being followed, and how many GETs it had.
+    pub following: Option<(String, usize)>,
+    /// When its next GET is due.
+    pub next: Option<Timestamp>,
+    /// The sweep asked for a GET.
+    pub swept: bool,
+    /// Times of the last GETs, newest last.
+    recent: Vec<Timestamp>,
+}
+
+/// GETs of one job within [`BUDGET_WINDOW`], however many hints come.
+const BUDGET: usize = 4;
+/// See [`BUDGET`].
+const BUDGET_WINDOW: SignedDuration = SignedDuration::from_secs(60);
+
+impl Looks {
+    /// When the budget allows the next GET.
+    #[must_use]
+    pub fn allowed(&self, now: Timestamp) -> Timestamp {
+        let spent: Vec<_> = self.recent.iter().filter(|t| after(**t, BUDGET_WINDOW) > now).collect();
+        match spent.first() {
+            Some(oldest) if spent.len() >= BUDGET => after(**oldest, BUDGET_WINDOW),
+            _ => now,
+        }
+    }
+
+    /// A GET was made, because of `hint` if there is one that was not acted on. `pauses` are the pauses
+    /// before the further GETs of the same hint.
+    pub fn looked(&mut self, hint: Option<&str>, now: Timestamp, pauses: &[SignedDuration]) {
+        self.recent.push(now);
+        if self.recent.len() > BUDGET {
+            self.recent.remove(0);
+        }
+        self.swept = false;
+        self.next = None;
+        if let Some(hint) = hint {
+            // A new hint in the midst of an old one's follow-ups does not start them anew: the pauses count
+            // from the first, so that a flood of hints stays within the budget.
+            let done = self.following.as_ref().map_or(0, |(_, n)| *n);
+            self.next = pauses.get(done).map(|pause| after(now, *pause));
+            self.following = Some((hint.to_owned(), done + 1));
+        }
+    }
+
+    /// All GETs that a hint deserves were made.
+    #[must_use]
+    pub fn exhausted(&self, hint: &str) -> bool {
+        self.next.is_none() && self.following.as_ref().is_some_and(|(h, _)| h == hint)
+    }
+
+    /// The hint was recorded as acted on.
+    pub fn recorded(&mut self) {
+        self.following = None;
+        self.next = None;
+    }
+}
+
+/// `time + duration`, saturating.
+#[must_use]
+pub fn after(time: Timestamp, duration: SignedDuration) -> Timestamp {
+    time.checked_add(duration).unwrap_or(Timestamp::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn pauses() -> Vec<SignedDuration> {
+        [5, 30, 120].into_iter().map(SignedDuration::from_secs).collect()
+    }
+
+    #[test]
+    fn an_early_hint_is_looked_at_four_times() {
+        let mut looks = Looks::default();
+        let mut now = at(1000);
+        for pause in [5, 30, 120] {
+            looks.looked(Some("m1"), now, &pauses());
+            assert_eq!(looks.next, Some(after(now, SignedDuration::from_secs(pause))));
+            assert!(!looks.exhausted("m1"));
+            now = looks.next.unwrap();
+        }
+        looks.looked(Some("m1"), now, &pauses());
+        assert_eq!(looks.next, None);
+        assert!(looks.exhausted("m1") && !looks.exhausted("m2"));
+    }
+
+    #[test]
+    fn pauses_grow_and_the_last_one_repeats() {
+        let steps = [SignedDuration::from_secs(1), SignedDuration::from_secs(9)];
+        let first = Tries::again(None, at(0), &steps);
+        let second = Tries::again(Some(first), at(10), &steps);
+        let third = Tries::again(Some(second), at(20), &steps);
+        assert_eq!((first.next, second.next, third.next), (at(1), at(19), at(29)));
+        assert_eq!((third.since, third.count), (at(0), 3));
+    }
+
+    proptest! {
+        /// However the hints come: at most the budget in any window, and never a look that is put off for ever.
+        #[test]
+        fn the_budget_holds_in_every_window(gaps in proptest::collection::vec(0i64..20, 1..60)) {
+            let mut looks = Looks::default();
+            let mut made: Vec<Timestamp> = Vec::new();
+            let mut now = at(0);
+            for (i, gap) in gaps.iter().enumerate() {
+                now = after(now, SignedDuration::from_secs(*gap));
+                let allowed = looks.allowed(now);
+                prop_assert!(allowed <= after(now, BUDGET_WINDOW));
+                if allowed <= now {
+                    looks.looked(Some(&format!("m{i}")), now, &pauses());
+                    made.push(now);
+                }
+            }
+            for (i, start) in made.iter().enumerate() {
+                let within = made[i..].iter().take_while(|t| **t < after(*start, BUDGET_WINDOW)).count();
+                prop_assert!(within <= BUDGET, "{within}");
+            }
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! The output ConfigMap: reserved before anything is paid, written once the results are there, given back
+//! if there will be none. Client required.
+//!
+//! An object that was not made for this very job is never written to. The UID decides, not the name: a
+//! job that was deleted and created anew must not overwrite its predecessor's results.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::{DeleteParams, PostParams, Preconditions};
+use kube::{Api, Client, ResourceExt};
+use serde_json::json;
+
+use super::Problem;
+use super::collect::{Collected, Kept};
+use crate::api::{
+    CONTROLLER_MANAGER, GeminiBatchJob, JOB_NAME_ANNOTATION, JOB_UID_ANNOTATION, Reason, RequestCounts,
+};
+
+/// The API server takes 1 MiB of data in a ConfigMap; the manifest needs some of it.
+pub const MAX_LINES_BYTES: usize = 1_048_576 - 16_384;
+
+/// Joined results, a line for each request with one.
+pub const RESULTS_KEY: &str = "results.jsonl";
+/// Requests without a result, if there are any.
+pub const MISSING_KEY: &str = "missing.jsonl";
+/// Lines of the result file that belong to no request, if there are any.
+pub const UNMATCHED_KEY: &str = "unmatched.jsonl";
+/// Counts, token usage and names.
+pub const MANIFEST_KEY: &str = "manifest.json";
+
+/// What came of an attempt to use the object.
+pub enum Done {
+    /// It is there and ours.
+    Yes,
+    /// It can't be used.
+    Blocked(Problem),
+}
+
+/// Creates the object, or sees that it is ours.
+pub async fn reserve(client: &Client, job: &GeminiBatchJob, name: &str) -> Result<Done, kube::Error> {
+    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
+    match maps.create(&post(), &object(job, name, None, None)).await {
+        Ok(_) => Ok(Done::Yes),
+        Err(e) if is(&e, 409) => match maps.get_opt(name).await? {
+            Some(there) if is_ours(job, &there) => Ok(Done::Yes),
+            Some(there) if is_abandoned(job, &there) => {
+                let mine = object(job, name, None, there.resource_version());
+                write(maps.replace(name, &post(), &mine).await, name)
+            }
+            Some(there) => Ok(Done::Blocked(conflict(name, &there))),
+            None => Ok(Done::Blocked(not_writable(name, "it is being deleted"))),
+        },
+        Err(e) => write(Err(e), name),
+    }
+}
+
+/// Writes the results.
+pub async fn store(
+    client: &Client,
+    job: &GeminiBatchJob,
+    name: &str,
+    kept: &Kept,
+    manifest: &serde_json::Value,
+) -> Result<Done, kube::Error> {
+    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
+    let mut data = BTreeMap::from([
+        (RESULTS_KEY.to_owned(), kept.results.clone()),
+        (MANIFEST_KEY.to_owned(), format!("{manifest:#}\n")),
+    ]);
+    for (key, text) in [(MISSING_KEY, &kept.missing), (UNMATCHED_KEY, &kept.unmatched)] {
+        if !text.is_empty() {
+            data.insert(key.to_owned(), text.clone());
+        }
+    }
+    match maps.get_opt(name).await? {
+        Some(there) if is_ours(job, &there) => {
+            let full = object(job, name, Some(data), there.resource_version());
+            write(maps.replace(name, &post(), &full).await, name)
+        }
+        Some(there) => Ok(Done::Blocked(conflict(name, &there))),
+        None => write(maps.create(&post(), &object(job, name, Some(data), None)).await, name),
+    }
+}
+
+/// Deletes the object if it is ours and still empty.
+pub async fn release(client: &Client, job: &GeminiBatchJob, name: &str) -> Result<(), kube::Error> {
+    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
+    let Some(there) = maps.get_opt(name).await? else { return Ok(()) };
+    if !is_ours(job, &there) || !is_empty(&there) {
+        return Ok(());
+    }
+    let only_this = DeleteParams {
+        preconditions: Some(Preconditions { uid: there.uid(), resource_version: there.resource_version() }),
+        ..DeleteParams::default()
+    };
+    match maps.delete(name, &only_this).await {
+        Err(e) if !is(&e, 404) && !is(&e, 409) => Err(e),
+        _ => Ok(()),
+    }
+}
+
+/// What `manifest.json` says. Counts and names only.
+#[must_use]
+pub fn manifest(job: &GeminiBatchJob, collected: &Collected, counts: RequestCounts) -> serde_json::Value {
+    let attempt = super::decide::current_attempt(job);
+    json!({
+        "job": {"namespace": job.namespace(), "name": job.name_any(), "uid": job.uid()},
+        "model": job.spec.model,
+        "batch": attempt.and_then(|a| a.batch_name.clone()),
+        "attempt": attempt.map(|a| a.number),
+        "inputSha256": attempt.and_then(|a| a.input_sha256.clone()),
+        "resultFile": {"name": collected.file, "bytes": collected.bytes, "sha256": collected.sha256},
+        "requests": {
+            "total": counts.total,
+            "succeeded": counts.succeeded,
+            "failed": collected.failed_lines,
+            "missing": collected.missing_keys,
+        },
+        "joined": collected.joined,
+        "unmatchedLines": {
+            "duplicate": collected.duplicate_lines,
+            "foreign": collected.foreign_lines,
+            "malformed": collected.malformed_lines,
+        },
+        "usage": collected.usage,
+    })
+}
+
+fn object(
+    job: &GeminiBatchJob,
+    name: &str,
+    data: Option<BTreeMap<String, String>>,
+    resource_version: Option<String>,
+) -> ConfigMap {
+    ConfigMap {
+        metadata: ObjectMeta {
+            name: Some(name.to_owned()),
+            namespace: job.namespace(),
+            resource_version,
+            labels: Some(BTreeMap::from([(
+                "app.kubernetes.io/managed-by".to_owned(),
+                "gemini-batch-operator".to_owned(),
+            )])),
+            annotations: Some(BTreeMap::from([
+                (JOB_UID_ANNOTATION.to_owned(), job.uid().unwrap_or_default()),
+                (JOB_NAME_ANNOTATION.to_owned(), job.name_any()),
+            ])),
+            ..ObjectMeta::default()
+        },
+        data,
+        ..ConfigMap::default()
+    }
+}
+
+fn post() -> PostParams {
+    PostParams { field_manager: Some(CONTROLLER_MANAGER.to_owned()), ..PostParams::default() }
+}
+
+fn is_ours(job: &GeminiBatchJob, there: &ConfigMap) -> bool {
+    there.annotations().get(JOB_UID_ANNOTATION).is_some_and(|uid| Some(uid) == job.uid().as_ref())
+}
+
+/// Reserved by a predecessor of the same name, and never filled: taking it over loses nothing.
+fn is_abandoned(job: &GeminiBatchJob, there: &ConfigMap) -> bool {
+    is_empty(there)
+        && there.annotations().contains_key(JOB_UID_ANNOTATION)
+        && there.annotations().get(JOB_NAME_ANNOTATION) == Some(&job.name_any())
+}
+
+fn is_empty(there: &ConfigMap) -> bool {
+    there.data.as_ref().is_none_or(BTreeMap::is_empty)
+        && there.binary_data.as_ref().is_none_or(BTreeMap::is_empty)
+}
+
+fn conflict(name: &str, there: &ConfigMap) -> Problem {
+    let whose = match there.annotations().get(JOB_NAME_ANNOTATION) {
+        Some(job) => format!("holds the results of another job, {job}"),
+        None => "exists and was not made by this operator".to_owned(),
+    };
+    Problem::new(
+        Reason::OutputConflict,
+        format!("ConfigMap {name} {whose}, so it is not written to: name another one in spec.output, or delete it"),
+    )
+}
+
+fn not_writable(name: &str, why: &str) -> Problem {
+    Problem::new(Reason::OutputNotWritable, format!("ConfigMap {name} can't be written: {why}"))
+}
+
+/// Turns a refusal of the API server into something to say; what may pass stays an error.
+fn write(answer: Result<ConfigMap, kube::Error>, name: &str) -> Result<Done, kube::Error> {
+    match answer {
+        Ok(_) => Ok(Done::Yes),
+        Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404 | 413 | 422) => {
+            Ok(Done::Blocked(not_writable(name, &status.message)))
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// Whether the API server answered with that code.
+#[must_use]
+pub fn is(error: &kube::Error, code: u16) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == code)
+}

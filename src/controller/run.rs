@@ -1,0 +1,446 @@
+//! Drives observe -> decide -> act -> report for each job, and keeps the watch. Client required.
+//!
+//! The cache holds no payload: `spec.input` and `managedFields` are stripped before an object is stored,
+//! and a reconcile works on a fresh GET. Jobs at rest (finished, or running with nothing new) are
+//! recognised from the cache alone.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use futures::channel::mpsc;
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::core::DeserializeGuard;
+use kube::runtime::controller::{Action as Requeue, Config};
+use kube::runtime::events::{Event, EventType, Recorder};
+use kube::runtime::reflector::ObjectRef;
+use kube::runtime::{Controller, WatchStreamExt as _, reflector, watcher};
+use kube::{Api, Client, Resource, ResourceExt};
+use rand::RngExt as _;
+use tokio_util::sync::CancellationToken;
+use url::Url;
+
+use super::decide::{self, Change, Decision, Observed, Wake};
+use super::memory::{Memory, OutputObject, Send, Stage, after};
+use super::observe::{self, Credential};
+use super::{InputFacts, Timings, act, identity, report};
+use crate::api::conditions::cut;
+use crate::api::{GeminiBatchJob, Input as InputSpec, Reason};
+use crate::callback::keyring::KeyRing;
+use crate::clock::Clock;
+use crate::gemini;
+
+/// A job in the cache; one that can't be read does not stall the others.
+pub type Guarded = DeserializeGuard<GeminiBatchJob>;
+
+/// More steps in one go than any job takes: a guard against a decision that leads nowhere.
+const MAX_STEPS: usize = 64;
+
+/// Kubernetes cuts an Event's note at 1 KiB.
+const MAX_NOTE_BYTES: usize = 1024;
+
+/// What the controller is made of.
+pub struct Context {
+    /// The cluster. Shared by all modules of the controller.
+    pub client: Client,
+    /// Gemini.
+    pub gemini: gemini::Client,
+    /// Signs callback URLs and fingerprints keys; replaced when the Secret changes.
+    pub ring: RwLock<Arc<KeyRing>>,
+    /// Where Gemini reaches the receiver; `None` without callbacks.
+    pub external_url: Option<Url>,
+    /// Time.
+    pub clock: Clock,
+    /// Patience.
+    pub timings: Timings,
+    /// Largest input in bytes.
+    pub max_input_bytes: u64,
+    /// Jobs that are worked on at the same time.
+    pub concurrency: u16,
+    /// The one recorder of Events.
+    pub recorder: Recorder,
+    /// What the process remembers of each active job, by UID.
+    memories: Mutex<HashMap<String, Memory>>,
+    /// Failed calls to the API server in a row, by UID.
+    failures: Mutex<HashMap<String, u32>>,
+    /// Jobs that the sweep wants looked at, by UID.
+    swept: Mutex<HashMap<String, ()>>,
+}
+
+impl Context {
+    /// A context that remembers nothing yet.
+    #[must_use]
+    #[expect(clippy::too_many_arguments, reason = "the parts of the controller, each once, in one place")]
+    pub fn new(
+        client: Client,
+        gemini: gemini::Client,
+        ring: KeyRing,
+        external_url: Option<Url>,
+        clock: Clock,
+        timings: Timings,
+        max_input_bytes: u64,
+        concurrency: u16,
+        recorder: Recorder,
+    ) -> Self {
+        Self {
+            client,
+            gemini,
+            ring: RwLock::new(Arc::new(ring)),
+            external_url,
+            clock,
+            timings,
+            max_input_bytes,
+            concurrency,
+            recorder,
+            memories: Mutex::default(),
+            failures: Mutex::default(),
+            swept: Mutex::default(),
+        }
+    }
+
+    /// The key ring as it is now.
+    #[must_use]
+    pub fn ring(&self) -> Arc<KeyRing> {
+        Arc::clone(&self.ring.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Has the job look at Gemini at its next turn.
+    pub fn sweep(&self, uid: &str) {
+        lock(&self.swept).insert(uid.to_owned(), ());
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // The maps are valid after any panic: each change is one insert or remove.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Watches jobs until the token is cancelled, then lets the work in hand finish.
+pub async fn run(ctx: Arc<Context>, stop: CancellationToken) {
+    let (store, writer) = reflector::store::<Guarded>();
+    let (poke, poked) = mpsc::unbounded::<ObjectRef<Guarded>>();
+    let jobs: Api<Guarded> = Api::all(ctx.client.clone());
+    let stream = watcher(jobs, watcher::Config::default().page_size(100))
+        .default_backoff()
+        .modify(strip)
+        .reflect(writer)
+        .touched_objects();
+
+    let sweep = tokio::spawn(super::sweep::run(Arc::clone(&ctx), store.clone(), poke, stop.child_token()));
+    Controller::for_stream(stream, store)
+        .with_config(Config::default().concurrency(ctx.concurrency))
+        .reconcile_on(poked)
+        .graceful_shutdown_on(stop.clone().cancelled_owned())
+        .run(reconcile, on_error, ctx)
+        .for_each(|_| std::future::ready(()))
+        .await;
+    if sweep.await.is_err_and(|e| e.is_panic()) {
+        tracing::error!("the sweep ended by a panic");
+    }
+}
+
+/// What the cache does not need: payloads.
+fn strip(object: &mut Guarded) {
+    match &mut object.0 {
+        Ok(job) => {
+            job.metadata.managed_fields = None;
+            job.metadata.annotations = None; // `kubectl apply` keeps a copy of the whole object there
+            job.spec.input = InputSpec::default();
+        }
+        Err(invalid) => {
+            invalid.metadata.managed_fields = None;
+            invalid.metadata.annotations = None;
+        }
+    }
+}
+
+/// An error of the API server. It can't be told in the job's status, so it is logged and tried again.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The API server refused or did not answer.
+    #[error("the Kubernetes API server: {0}")]
+    Kubernetes(#[from] kube::Error),
+    /// A guard against endless work; a defect of the operator.
+    #[error("a job took more than {MAX_STEPS} steps in one go")]
+    TooManySteps,
+}
+
+async fn reconcile(cached: Arc<Guarded>, ctx: Arc<Context>) -> Result<Requeue, Error> {
+    let cached = match &cached.0 {
+        Ok(job) => job,
+        Err(invalid) => {
+            let name = invalid.metadata.name.as_deref().unwrap_or_default();
+            let namespace = invalid.metadata.namespace.as_deref().unwrap_or_default();
+            tracing::error!(namespace, job = name, error = %invalid, "this job can't be read; is its CRD newer?");
+            return Ok(Requeue::await_change());
+        }
+    };
+    let Some(uid) = cached.uid() else { return Ok(Requeue::await_change()) };
+    if at_rest_for_ever(cached) {
+        forget(&ctx, &uid);
+        return Ok(Requeue::await_change());
+    }
+    // The controller never works on one job twice at the same time, so its memory can be taken out.
+    let mut memory = lock(&ctx.memories).remove(&uid).unwrap_or_default();
+    if lock(&ctx.swept).remove(&uid).is_some() {
+        memory.looks.swept = true;
+    }
+    if let Some(wake) = settled(cached, &memory, ctx.clock.now()) {
+        lock(&ctx.memories).insert(uid, memory);
+        return Ok(requeue(&ctx, wake));
+    }
+    memory.settled = None;
+    let result = drive(&ctx, cached, &uid, &mut memory).await;
+    match result {
+        Ok(None) => {
+            forget(&ctx, &uid);
+            Ok(Requeue::await_change())
+        }
+        Ok(Some((version, wake))) => {
+            memory.settled = version.map(|v| (v, wake));
+            lock(&ctx.failures).remove(&uid);
+            lock(&ctx.memories).insert(uid, memory);
+            Ok(requeue(&ctx, wake))
+        }
+        Err(e) => {
+            lock(&ctx.memories).insert(uid, memory);
+            Err(e)
+        }
+    }
+}
+
+fn forget(ctx: &Context, uid: &str) {
+    lock(&ctx.memories).remove(uid);
+    lock(&ctx.failures).remove(uid);
+    lock(&ctx.swept).remove(uid);
+}
+
+/// Finished, cleaned up and looked at in its present generation.
+fn at_rest_for_ever(job: &GeminiBatchJob) -> bool {
+    decide::is_finished(job)
+        && !decide::has_finalizer(job)
+        && job.status.as_ref().and_then(|s| s.observed_generation) == job.metadata.generation
+}
+
+/// The job is exactly as the last turn left it, and nothing is due: most often this is the echo of our own
+/// write.
+fn settled(job: &GeminiBatchJob, memory: &Memory, now: Timestamp) -> Option<Wake> {
+    let (version, wake) = memory.settled.as_ref()?;
+    let due = match wake {
+        Wake::OnChange => false,
+        Wake::At(time) => *time <= now,
+        Wake::Recheck => true,
+    };
+    (job.metadata.resource_version.as_ref() == Some(version) && !due && !memory.looks.swept).then_some(*wake)
+}
+
+fn requeue(ctx: &Context, wake: Wake) -> Requeue {
+    match wake {
+        Wake::OnChange => Requeue::await_change(),
+        Wake::At(time) => Requeue::requeue(ctx.clock.until(time).max(Duration::from_millis(1))),
+        Wake::Recheck => Requeue::requeue(ctx.clock.real(ctx.timings.recheck)),
+    }
+}
+
+/// Takes steps until nothing is left to do now. `None`: nothing is left to do ever. Otherwise the version
+/// of the job that was left behind, and when to come again.
+async fn drive(
+    ctx: &Context,
+    cached: &GeminiBatchJob,
+    uid: &str,
+    memory: &mut Memory,
+) -> Result<Option<(Option<String>, Wake)>, Error> {
+    let jobs: Api<GeminiBatchJob> = Api::namespaced(ctx.client.clone(), &cached.namespace().unwrap_or_default());
+    let fetch = async || -> Result<Option<GeminiBatchJob>, Error> {
+        Ok(jobs.get_opt(&cached.name_any()).await?.filter(|job| job.uid().as_deref() == Some(uid)))
+    };
+    let Some(mut job) = fetch().await? else { return Ok(None) };
+    let ring = ctx.ring();
+    // Read once a turn: each is asked for in several steps.
+    let mut credential: Option<Result<Credential, super::Problem>> = None;
+    let mut input = None;
+
+    for _ in 0..MAX_STEPS {
+        if credential.is_none() && decide::needs_credential(&job) {
+            credential = Some(observe::credential(&ctx.client, &ring, &job).await?);
+        }
+        if input.is_none() && decide::needs_input(&job, memory) {
+            input = Some(observe::input(&ctx.client, &job, ctx.max_input_bytes).await?);
+        }
+        let fresh_send_id = identity::new_send_id();
+        let now = ctx.clock.now();
+        let decision = decide::decide(
+            &Observed {
+                job: &job,
+                credential: match &credential {
+                    Some(Ok(c)) => Ok(c.fingerprint.clone()),
+                    Some(Err(problem)) => Err(problem.clone()),
+                    None => Ok(String::new()), // not needed: see `needs_credential`
+                },
+                input: input.as_ref().map(|i: &Result<super::input::Input, _>| match i {
+                    Ok(input) => Ok(InputFacts {
+                        sha256: input.sha256.clone(),
+                        count: i64::try_from(input.keys.len()).unwrap_or(i64::MAX),
+                    }),
+                    Err(problem) => Err(problem.clone()),
+                }),
+                memory,
+                cluster: &ring.cluster_id,
+                fresh_send_id: &fresh_send_id,
+                timings: &ctx.timings,
+            },
+            now,
+        );
+        tracing::debug!(namespace = job.namespace(), job = job.name_any(), uid, ?decision, "decided");
+        match decision {
+            Decision::Act(action) => {
+                let step = act::Step {
+                    ctx,
+                    job: &job,
+                    ring: &ring,
+                    credential: credential.as_ref().and_then(|c| c.as_ref().ok()),
+                    input: input.as_ref().and_then(|i| i.as_ref().ok()),
+                };
+                let long = matches!(action, decide::Action::UploadInput { .. } | decide::Action::Collect { .. });
+                step.take(&action, memory).await?;
+                if long {
+                    // Much may have happened meanwhile, a deletion for example.
+                    let Some(there) = fetch().await? else { return Ok(None) };
+                    job = there;
+                }
+            }
+            Decision::Record(change) => match record(ctx, &job, &change, now).await {
+                Ok(written) => {
+                    remember(&change, &ring, uid, memory);
+                    if matches!(*change, Change::DropFinalizer { .. }) {
+                        return Ok(None);
+                    }
+                    job = written;
+                }
+                Err(e) if super::output::is(&e, 409) || super::output::is(&e, 404) => {
+                    let Some(there) = fetch().await? else { return Ok(None) };
+                    job = there;
+                }
+                Err(e) => return Err(e.into()),
+            },
+            Decision::Wait { say, wake } => {
+                let wake = recheck_time(ctx, wake, now);
+                let Some(say) = say else { return Ok(Some((job.resource_version(), wake))) };
+                match record(ctx, &job, &say, now).await {
+                    Ok(written) => return Ok(Some((written.resource_version(), wake))),
+                    Err(e) if super::output::is(&e, 409) || super::output::is(&e, 404) => {
+                        let Some(there) = fetch().await? else { return Ok(None) };
+                        job = there;
+                    }
+                    Err(e) => return Err(e.into()),
+                }
+            }
+            Decision::Done => return Ok(None),
+        }
+    }
+    Err(Error::TooManySteps)
+}
+
+/// Spread out, so that many jobs with the same trouble do not come at once.
+fn recheck_time(ctx: &Context, wake: Wake, now: Timestamp) -> Wake {
+    match wake {
+        Wake::Recheck => {
+            let longest = ctx.timings.recheck.as_millis();
+            let pause = rand::rng().random_range(longest / 2..=longest.max(1));
+            let pause = SignedDuration::from_millis(i64::try_from(pause).unwrap_or(i64::MAX));
+            Wake::At(after(now, pause))
+        }
+        other => other,
+    }
+}
+
+/// Writes the change, then tells about it.
+async fn record(
+    ctx: &Context,
+    job: &GeminiBatchJob,
+    change: &Change,
+    now: Timestamp,
+) -> Result<GeminiBatchJob, kube::Error> {
+    let written = report::write(&ctx.client, job, change, now).await?;
+    if written.resource_version() == job.resource_version() {
+        return Ok(written);
+    }
+    if let Some((reason, message, normal)) = report::event(change) {
+        tracing::info!(
+            namespace = job.namespace(),
+            job = job.name_any(),
+            uid = job.uid(),
+            %reason,
+            message,
+            "status"
+        );
+        publish(ctx, job, reason, &message, normal).await;
+    }
+    Ok(written)
+}
+
+/// An Event that can't be written must not stop the job: the condition says the same.
+async fn publish(ctx: &Context, job: &GeminiBatchJob, reason: Reason, message: &str, normal: bool) {
+    let event = Event {
+        type_: if normal { EventType::Normal } else { EventType::Warning },
+        reason: reason.as_str().to_owned(),
+        note: Some(cut(message, MAX_NOTE_BYTES).to_owned()),
+        action: "Reconcile".to_owned(),
+        secondary: None,
+    };
+    let about: ObjectReference = job.object_ref(&());
+    if let Err(e) = ctx.recorder.publish(&event, &about).await {
+        tracing::warn!(namespace = job.namespace(), job = job.name_any(), error = %e, "an Event could not be written");
+    }
+}
+
+/// What a recorded change means for the memory.
+fn remember(change: &Change, ring: &KeyRing, uid: &str, memory: &mut Memory) {
+    match change {
+        Change::Intent(attempt) => {
+            let own = identity::input_file(&ring.cluster_id, uid, attempt.number, &attempt.send_id);
+            // Any other name is a file that exists: the user's, or the one of a send that was refused.
+            let stage = if attempt.input_file == own {
+                Stage::NotUploaded
+            } else {
+                Stage::Uploaded { file: attempt.input_file.clone() }
+            };
+            memory.send = Some(Send { send_id: attempt.send_id.clone(), stage });
+            memory.probe = None;
+        }
+        Change::Refused(_) | Change::Submitted { .. } => memory.send = None,
+        Change::HintObserved { .. } => memory.looks.recorded(),
+        Change::Finished(_) => {
+            memory.collected = None;
+            memory.output = OutputObject::Unknown;
+            memory.remote = None;
+        }
+        Change::AddFinalizer
+        | Change::DropFinalizer { .. }
+        | Change::InputFile { .. }
+        | Change::Waiting { .. }
+        | Change::Running
+        | Change::Refresh => {}
+    }
+}
+
+fn on_error(object: Arc<Guarded>, error: &Error, ctx: Arc<Context>) -> Requeue {
+    let uid = object.meta().uid.clone().unwrap_or_default();
+    let failures = {
+        let mut all = lock(&ctx.failures);
+        let n = all.entry(uid).or_insert(0);
+        *n = n.saturating_add(1);
+        *n
+    };
+    let pause = act::backoff(ctx.timings.trouble_first, ctx.timings.trouble_longest, failures);
+    tracing::warn!(
+        namespace = object.meta().namespace,
+        job = object.meta().name,
+        failures,
+        error = %error,
+        "a job could not be worked on; it is tried again"
+    );
+    Requeue::requeue(ctx.clock.real(pause))
+}
