@@ -4,3 +4,4 @@ pub mod callback;
 pub mod controller;
 pub mod gemini;
 pub mod receiver;
+pub mod verify;
