@@ -6,6 +6,8 @@
 use jiff::Timestamp;
 use serde_json::Value;
 
+/// The largest body that the receiver reads. Events are a few hundred bytes.
+pub const MAX_BODY: usize = 64 * 1024;
 const MAX_BATCH_ID_LEN: usize = 64;
 /// An event time outside these (2000 to 2100) is not one; and the API server refuses years beyond 9999.
 const TIMES: std::ops::Range<i64> = 946_684_800..4_102_444_800;

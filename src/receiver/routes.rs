@@ -21,12 +21,10 @@ use super::State;
 use super::hint::{Hint, WriteError, Written};
 use super::metrics::{ByScheme, Delivered, Outcome};
 use super::replay::Admission;
-use crate::callback::event::Event;
+use crate::callback::event::{Event, MAX_BODY};
 use crate::callback::token::{Claims, Reason, Token, callback_url_of};
 use crate::callback::{Accepted, Delivery, Keys, Policy, Refusal, Scheme, check_headers, verify};
 
-/// The largest body that is read. Events are a few hundred bytes.
-const MAX_BODY: usize = 64 * 1024;
 /// What a sender is told to wait when something of ours is away.
 const RETRY_SECONDS: i64 = 10;
 /// The pause before a conflicting write is tried again; doubled each time.
