@@ -209,7 +209,10 @@ mod tests {
         );
         assert_eq!(check(&["--external-url", "https://x/prefix"]), Ok(()));
         assert_eq!(check(&["--external-url", "https://x/?a=b"]), Err(ConfigError::ExternalUrlParts));
-        assert_eq!(check(&["--external-url", "https://x", "--clock-factor", "0"]), Err(ConfigError::ClockFactor));
+        assert_eq!(
+            check(&["--external-url", "https://x", "--clock-factor", "0"]),
+            Err(ConfigError::ClockFactor)
+        );
     }
 
     #[test]

@@ -57,7 +57,9 @@ pub async fn start(args: &RunArgs, stop: &CancellationToken) -> anyhow::Result<J
         .await
         .context("no Kubernetes to talk to: run in a cluster, or set KUBECONFIG")?;
     let namespace = args.namespace.clone().unwrap_or_else(|| kube_config.default_namespace.clone());
-    let Some(external_url) = args.external_url.clone() else { bail!(crate::config::ConfigError::NoExternalUrl) };
+    let Some(external_url) = args.external_url.clone() else {
+        bail!(crate::config::ConfigError::NoExternalUrl)
+    };
     let mut registry = Registry::default();
     let mut ready: Vec<admin::ReadyCheck> = Vec::new();
     let mut parts: JoinSet<anyhow::Result<()>> = JoinSet::new();
@@ -74,10 +76,7 @@ pub async fn start(args: &RunArgs, stop: &CancellationToken) -> anyhow::Result<J
             ring,
             Some(external_url.clone()),
             clock,
-            Timings {
-                sweep: SignedDuration::from_secs(i64::from(args.sweep_seconds)),
-                ..Timings::default()
-            },
+            Timings { sweep: SignedDuration::from_secs(i64::from(args.sweep_seconds)), ..Timings::default() },
             args.max_input_bytes,
             args.concurrency,
             Recorder::new(client, reporter),

@@ -35,7 +35,9 @@ fn status_defaults(status: &mut JSONSchemaProps) {
 /// it estimates what the rules cost.
 fn bound_conditions(status: &mut JSONSchemaProps) {
     let conditions = status.properties.as_mut().and_then(|p| p.get_mut("conditions"));
-    let Some(JSONSchemaPropsOrArray::Schema(item)) = conditions.and_then(|c| c.items.as_mut()) else { return };
+    let Some(JSONSchemaPropsOrArray::Schema(item)) = conditions.and_then(|c| c.items.as_mut()) else {
+        return;
+    };
     for (name, max) in [("type", 316), ("status", 7), ("reason", 1024), ("message", 32_768)] {
         if let Some(field) = item.properties.as_mut().and_then(|p| p.get_mut(name)) {
             field.max_length = Some(max);

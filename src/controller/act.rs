@@ -9,6 +9,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::ResourceExt as _;
 use rand::RngExt as _;
 
+use super::Problem;
 use super::collect::{Collected, Collector, Keys, Lines};
 use super::decide::{self, Action};
 use super::ending;
@@ -19,7 +20,6 @@ use super::memory::{
 use super::observe::{self, Credential};
 use super::output::{self, Done};
 use super::run::Context;
-use super::Problem;
 use crate::api::{Attempt, GeminiBatchJob, Reason, Refusal, RefusedCall};
 use crate::callback::keyring::KeyRing;
 use crate::callback::token::{JobRef, Token, callback_url};
@@ -151,7 +151,9 @@ impl Step<'_> {
                 memory.trouble = None;
                 set_stage(memory, attempt, Stage::Uploaded { file: name.to_string() });
             }
-            Err(e) => self.refused_or_trouble(memory, attempt, RefusedCall::Upload, &e, "uploading the input"),
+            Err(e) => {
+                self.refused_or_trouble(memory, attempt, RefusedCall::Upload, &e, "uploading the input")
+            }
         }
     }
 
@@ -172,7 +174,10 @@ impl Step<'_> {
                 let refused = self.refused(
                     RefusedCall::Create,
                     0,
-                    Problem::new(Reason::ModelNotFound, format!("spec.model can't be the name of a model: {e}")),
+                    Problem::new(
+                        Reason::ModelNotFound,
+                        format!("spec.model can't be the name of a model: {e}"),
+                    ),
                     attempt,
                     None,
                     true,
@@ -255,7 +260,8 @@ impl Step<'_> {
             return Search { refuted: Some(batch), ..before };
         }
         let pauses = &self.ctx.timings.search_pauses;
-        let index = usize::try_from(before.listings).unwrap_or(usize::MAX).min(pauses.len().saturating_sub(1));
+        let index =
+            usize::try_from(before.listings).unwrap_or(usize::MAX).min(pauses.len().saturating_sub(1));
         let pause = pauses.get(index).copied().unwrap_or(self.ctx.timings.trouble_longest);
         Search { listings: before.listings + 1, next: Some(after(self.ctx.clock.now(), pause)), ..before }
     }
@@ -465,7 +471,8 @@ impl Step<'_> {
         tracing::warn!(namespace = self.job.namespace(), job = self.job.name_any(), failures, %error, "{what} failed");
         let timings = &self.ctx.timings;
         let pause = backoff(timings.trouble_first, timings.trouble_longest, failures);
-        let reason = if error.is_credentials() { Reason::CredentialsRefused } else { Reason::GeminiUnavailable };
+        let reason =
+            if error.is_credentials() { Reason::CredentialsRefused } else { Reason::GeminiUnavailable };
         memory.trouble = Some(Trouble {
             failures,
             next: after(self.ctx.clock.now(), error.retry_after().map_or(pause, |r| r.max(pause))),

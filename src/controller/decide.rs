@@ -314,12 +314,12 @@ fn intend(
     let number = before.map_or(1, |a| a.number);
     let uid = o.job.metadata.uid.as_deref().unwrap_or_default();
     let send = o.fresh_send_id;
-    let input_file = match (&o.job.spec.input.gemini_file, before.filter(|a| reusable(o, a, fingerprint, input, now)))
-    {
-        (Some(file), _) => file.name.clone(),
-        (None, Some(a)) => a.input_file.clone(),
-        (None, None) => identity::input_file(o.cluster, uid, number, send),
-    };
+    let input_file =
+        match (&o.job.spec.input.gemini_file, before.filter(|a| reusable(o, a, fingerprint, input, now))) {
+            (Some(file), _) => file.name.clone(),
+            (None, Some(a)) => a.input_file.clone(),
+            (None, None) => identity::input_file(o.cluster, uid, number, send),
+        };
     record(Change::Intent(Box::new(Attempt {
         number,
         send_id: send.to_owned(),
@@ -349,7 +349,8 @@ fn reusable(
 ) -> bool {
     a.refusal.as_ref().is_some_and(|r| {
         r.call == RefusedCall::Create
-            && (r.reason == Reason::WaitingForQuota.as_str() || r.reason == Reason::PreconditionFailed.as_str())
+            && (r.reason == Reason::WaitingForQuota.as_str()
+                || r.reason == Reason::PreconditionFailed.as_str())
     }) && a.credential_fingerprint == fingerprint
         && a.input_sha256.as_deref() == input.map(|i| i.sha256.as_str())
         && after(a.intent_time.0, o.timings.reuse_file) > now
@@ -371,7 +372,10 @@ fn refused(o: &Observed<'_>, a: &Attempt, refusal: &Refusal, now: Timestamp) -> 
                 return Decision::Wait { say: Some(waiting(&problem, true)), wake: Wake::At(probe.next) };
             }
             None if refusal.retry_time.0 > now => {
-                return Decision::Wait { say: Some(waiting(&problem, true)), wake: Wake::At(refusal.retry_time.0) };
+                return Decision::Wait {
+                    say: Some(waiting(&problem, true)),
+                    wake: Wake::At(refusal.retry_time.0),
+                };
             }
             _ => return Decision::Act(Action::ProbeCredential),
         }
@@ -395,7 +399,9 @@ fn submitting(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> Decision {
         Some(Stage::Created(batch)) => {
             return record(Change::Submitted { batch: batch.clone(), adopted: false });
         }
-        Some(Stage::Found(batch)) => return record(Change::Submitted { batch: batch.clone(), adopted: true }),
+        Some(Stage::Found(batch)) => {
+            return record(Change::Submitted { batch: batch.clone(), adopted: true });
+        }
         Some(Stage::Refused(refused)) if refused.is_final => {
             return record(Change::Finished(Box::new(ending::refused(a, refused))));
         }
@@ -421,7 +427,9 @@ fn submitting(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> Decision {
             record(Change::InputFile { file: file.clone() })
         }
         Some(Stage::Uploaded { .. }) => Decision::Act(Action::CreateBatch { attempt: Box::new(a.clone()) }),
-        _ if another_key => stalled(&ending::credentials_changed("whether Gemini has the batch can't be told")),
+        _ if another_key => {
+            stalled(&ending::credentials_changed("whether Gemini has the batch can't be told"))
+        }
         Some(Stage::Unsure(search)) => searching(o, a, search, now),
         // A new process. The batch is only ever asked for when its file is complete, under the recorded
         // name: a file that is not there is proof that the batch was not asked for. But Gemini deletes
@@ -450,10 +458,9 @@ fn searching(o: &Observed<'_>, a: &Attempt, search: &Search, now: Timestamp) -> 
         return Decision::Act(Action::ConfirmHinted { batch, attempt: Box::new(a.clone()) });
     }
     match search.next {
-        Some(next) if next > now => Decision::Wait {
-            say: Some(waiting(&ending::unconfirmed(a), true)),
-            wake: Wake::At(next),
-        },
+        Some(next) if next > now => {
+            Decision::Wait { say: Some(waiting(&ending::unconfirmed(a), true)), wake: Wake::At(next) }
+        }
         _ => Decision::Act(Action::FindBatch { attempt: Box::new(a.clone()) }),
     }
 }
@@ -487,7 +494,9 @@ fn submitted(o: &Observed<'_>, a: &Attempt, name: BatchName, now: Timestamp) -> 
     let unfollowed = hint.is_some_and(|h| looks.following.as_ref().is_none_or(|(f, _)| f != h));
     let say = match missing {
         None => Change::Running,
-        Some(_) if !same_key => *waiting(&ending::credentials_changed("Gemini does not show it the batch"), true),
+        Some(_) if !same_key => {
+            *waiting(&ending::credentials_changed("Gemini does not show it the batch"), true)
+        }
         Some(_) => *waiting(&ending::missing(&name), false),
     };
     if unfollowed || looks.swept || next.is_some_and(|t| t <= now) {
@@ -534,7 +543,9 @@ fn collecting(
         (OutputObject::Reserved { name }, Lines::Kept(_)) if name == wanted => {
             Decision::Act(Action::StoreResults { name: name.clone() })
         }
-        (OutputObject::Reserved { name: ours }, Lines::Dropped) if ours == wanted => reading(o, a, name, batch, now),
+        (OutputObject::Reserved { name: ours }, Lines::Dropped) if ours == wanted => {
+            reading(o, a, name, batch, now)
+        }
         // After a restart the object that was reserved before is simply written to: that checks it as well.
         (OutputObject::Unknown, Lines::Kept(_)) => {
             Decision::Act(Action::StoreResults { name: wanted.to_owned() })
@@ -544,7 +555,13 @@ fn collecting(
 }
 
 /// Reads the result file, patiently: it may lag behind the end of the batch by minutes.
-fn reading(o: &Observed<'_>, a: &Attempt, name: BatchName, batch: Option<&Batch>, now: Timestamp) -> Decision {
+fn reading(
+    o: &Observed<'_>,
+    a: &Attempt,
+    name: BatchName,
+    batch: Option<&Batch>,
+    now: Timestamp,
+) -> Decision {
     if let Some(tries) = &o.memory.unreadable {
         let promised = batch.is_some_and(|b| b.state == BatchState::Succeeded || b.output_file.is_some());
         let give_up = if promised { after(tries.since, o.timings.result_patience) } else { tries.since };
@@ -622,9 +639,9 @@ fn deleting(o: &Observed<'_>, now: Timestamp) -> Decision {
     if let Some(name) = output_name(o.job).filter(|_| unfinished && !cleanup.output_released) {
         return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
     }
-    let event = cleanup.cancelled.then(|| {
-        Problem::new(Reason::Cancelled, "the batch was cancelled because the job is being deleted")
-    });
+    let event = cleanup
+        .cancelled
+        .then(|| Problem::new(Reason::Cancelled, "the batch was cancelled because the job is being deleted"));
     record(Change::DropFinalizer { event })
 }
 

@@ -13,9 +13,7 @@ use super::collect::Collected;
 use super::decide::Results;
 use super::memory::{Refused, after};
 use crate::api::conditions::cut;
-use crate::api::{
-    Attempt, GeminiBatchJob, OutputStatus, Reason, Refusal, RefusedCall, RequestCounts, State,
-};
+use crate::api::{Attempt, GeminiBatchJob, OutputStatus, Reason, Refusal, RefusedCall, RequestCounts, State};
 use crate::gemini::{Batch, BatchName, BatchState, Error, Hint};
 
 /// Until then the result file is certain to exist: the shortest life that was ever reported. (Google's
@@ -248,7 +246,9 @@ pub fn refusal_problem(refusal: &Refusal) -> Problem {
         "WaitingForQuota" => {
             return Problem::new(
                 Reason::WaitingForQuota,
-                format!("Gemini refused {call} for lack of quota (HTTP {code}); nothing was created, it is tried again"),
+                format!(
+                    "Gemini refused {call} for lack of quota (HTTP {code}); nothing was created, it is tried again"
+                ),
             );
         }
         "CredentialsRefused" => {

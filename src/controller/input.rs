@@ -181,13 +181,19 @@ mod tests {
         let cases = [
             (format!("{}\nnot json {secret}", line("a")), "line 2 is not valid JSON"),
             (format!("[\"{secret}\", {{}}]"), "line 1 is not a JSON object"),
-            ("{\"key\": \"a\", \"key\": \"b\", \"request\": {}}".to_owned(), "line 1 is not a JSON object with one"),
+            (
+                "{\"key\": \"a\", \"key\": \"b\", \"request\": {}}".to_owned(),
+                "line 1 is not a JSON object with one",
+            ),
             (format!("\"{secret}\""), "line 1 is not a JSON object"),
             (format!("{{\"request\": {{\"x\": \"{secret}\"}}}}"), "line 1 has no \"key\""),
             (format!("{{\"key\": \"{secret}\"}}"), "line 1 has no \"request\""),
             ("{\"key\": 7, \"request\": {}}".to_owned(), "a \"key\" that is not a string"),
             ("{\"key\": \"\", \"request\": {}}".to_owned(), "an empty \"key\""),
-            (format!("{{\"key\": \"a\", \"request\": \"{secret}\"}}"), "a \"request\" that is not a JSON object"),
+            (
+                format!("{{\"key\": \"a\", \"request\": \"{secret}\"}}"),
+                "a \"request\" that is not a JSON object",
+            ),
             (format!("{}\n\n{}", line(secret), line(secret)), "lines 1 and 3 have the same key"),
             (String::new(), "holds no requests"),
             ("\n \n".to_owned(), "holds no requests"),

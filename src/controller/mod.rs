@@ -91,8 +91,7 @@ pub struct Timings {
 
 impl Default for Timings {
     fn default() -> Self {
-        let seconds =
-            |list: &[i64]| list.iter().map(|s| SignedDuration::from_secs(*s)).collect::<Vec<_>>();
+        let seconds = |list: &[i64]| list.iter().map(|s| SignedDuration::from_secs(*s)).collect::<Vec<_>>();
         Self {
             hint_pauses: seconds(&[5, 30, 120]),
             search_pauses: seconds(&[5, 10, 30, 60, 120, 300, 600]),

@@ -32,7 +32,10 @@ pub async fn credential(
         Ok(None) => {
             return Ok(Err(Problem::new(
                 Reason::CredentialsNotFound,
-                format!("Secret {name} does not exist in this namespace: create it with the API key under {}", at.key),
+                format!(
+                    "Secret {name} does not exist in this namespace: create it with the API key under {}",
+                    at.key
+                ),
             )));
         }
         Err(e) if super::output::is(&e, 403) => {
@@ -46,7 +49,10 @@ pub async fn credential(
     let Some(value) = secret.data.as_ref().and_then(|d| d.get(&at.key)) else {
         return Ok(Err(Problem::new(
             Reason::CredentialsNotFound,
-            format!("Secret {name} has no key {}: add it, or name another one in spec.credentials.secretRef.key", at.key),
+            format!(
+                "Secret {name} has no key {}: add it, or name another one in spec.credentials.secretRef.key",
+                at.key
+            ),
         )));
     };
     Ok(match ApiKey::from_secret(&value.0) {
@@ -80,7 +86,10 @@ pub async fn input(
         Ok(None) => {
             return Ok(Err(Problem::new(
                 Reason::InputNotFound,
-                format!("ConfigMap {name} does not exist in this namespace: create it with the requests under {}", at.key),
+                format!(
+                    "ConfigMap {name} does not exist in this namespace: create it with the requests under {}",
+                    at.key
+                ),
             )));
         }
         Err(e) if super::output::is(&e, 403) => {
@@ -96,11 +105,11 @@ pub async fn input(
         .as_ref()
         .and_then(|d| d.get(&at.key))
         .map(|text| Bytes::copy_from_slice(text.as_bytes()))
-        .or_else(|| map.binary_data.as_ref().and_then(|d| d.get(&at.key)).map(|b| Bytes::copy_from_slice(&b.0)));
+        .or_else(|| {
+            map.binary_data.as_ref().and_then(|d| d.get(&at.key)).map(|b| Bytes::copy_from_slice(&b.0))
+        });
     Ok(match content {
-        Some(content) => {
-            input::from_lines(&content, &format!("ConfigMap {name}, key {}", at.key), max_bytes)
-        }
+        Some(content) => input::from_lines(&content, &format!("ConfigMap {name}, key {}", at.key), max_bytes),
         None => Err(Problem::new(
             Reason::InputNotFound,
             format!("ConfigMap {name} has no key {}: add it", at.key),

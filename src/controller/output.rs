@@ -181,7 +181,9 @@ fn conflict(name: &str, there: &ConfigMap) -> Problem {
     };
     Problem::new(
         Reason::OutputConflict,
-        format!("ConfigMap {name} {whose}, so it is not written to: name another one in spec.output, or delete it"),
+        format!(
+            "ConfigMap {name} {whose}, so it is not written to: name another one in spec.output, or delete it"
+        ),
     )
 }
 

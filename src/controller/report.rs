@@ -29,8 +29,7 @@ pub async fn write(
     let jobs: Api<GeminiBatchJob> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
     match change {
         Change::AddFinalizer => {
-            let list: Vec<_> =
-                job.finalizers().iter().cloned().chain([FINALIZER.to_owned()]).collect();
+            let list: Vec<_> = job.finalizers().iter().cloned().chain([FINALIZER.to_owned()]).collect();
             finalizers(&jobs, job, &list).await
         }
         Change::DropFinalizer { .. } => {
@@ -171,13 +170,7 @@ fn running(s: &mut GeminiBatchJobStatus, generation: i64, now: Timestamp) {
     progress(s, Reason::Submitted, &message, generation, now);
 }
 
-fn waiting(
-    s: &mut GeminiBatchJobStatus,
-    problem: &Problem,
-    stalled: bool,
-    generation: i64,
-    now: Timestamp,
-) {
+fn waiting(s: &mut GeminiBatchJobStatus, problem: &Problem, stalled: bool, generation: i64, now: Timestamp) {
     let submitted = current(s).is_some_and(|a| a.batch_name.is_some());
     s.state = match problem.reason {
         _ if submitted => State::Running,
@@ -186,15 +179,7 @@ fn waiting(
     };
     progress(s, problem.reason, &problem.message, generation, now);
     if stalled {
-        conditions::set(
-            &mut s.conditions,
-            STALLED,
-            true,
-            problem.reason,
-            &problem.message,
-            generation,
-            now,
-        );
+        conditions::set(&mut s.conditions, STALLED, true, problem.reason, &problem.message, generation, now);
     }
 }
 
@@ -261,7 +246,9 @@ pub fn event(change: &Change) -> Option<(Reason, String, bool)> {
             Some((Reason::Submitted, format!("{} {how}", batch.name), true))
         }
         Change::Finished(end) => Some((end.reason, end.message.clone(), end.state == State::Succeeded)),
-        Change::Waiting { problem, stalled: true, .. } => Some((problem.reason, problem.message.clone(), false)),
+        Change::Waiting { problem, stalled: true, .. } => {
+            Some((problem.reason, problem.message.clone(), false))
+        }
         Change::Refused(refused) => {
             let problem = ending::refusal_problem(&refused.refusal);
             Some((problem.reason, problem.message, false))

@@ -102,7 +102,9 @@ pub async fn keep_current(ctx: Arc<Context>, namespace: String, secret: String, 
         match secrets.get_opt(&secret).await {
             Ok(Some(there)) => match parse(&secret, &there) {
                 Ok(ring) => *ctx.ring.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(ring),
-                Err(error) => tracing::error!(%error, "the key ring can't be read; the one in memory is used on"),
+                Err(error) => {
+                    tracing::error!(%error, "the key ring can't be read; the one in memory is used on")
+                }
             },
             Ok(None) => tracing::error!(
                 secret,

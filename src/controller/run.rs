@@ -252,7 +252,8 @@ async fn drive(
     uid: &str,
     memory: &mut Memory,
 ) -> Result<Option<(Option<String>, Wake)>, Error> {
-    let jobs: Api<GeminiBatchJob> = Api::namespaced(ctx.client.clone(), &cached.namespace().unwrap_or_default());
+    let jobs: Api<GeminiBatchJob> =
+        Api::namespaced(ctx.client.clone(), &cached.namespace().unwrap_or_default());
     let fetch = async || -> Result<Option<GeminiBatchJob>, Error> {
         Ok(jobs.get_opt(&cached.name_any()).await?.filter(|job| job.uid().as_deref() == Some(uid)))
     };
@@ -303,7 +304,8 @@ async fn drive(
                     credential: credential.as_ref().and_then(|c| c.as_ref().ok()),
                     input: input.as_ref().and_then(|i| i.as_ref().ok()),
                 };
-                let long = matches!(action, decide::Action::UploadInput { .. } | decide::Action::Collect { .. });
+                let long =
+                    matches!(action, decide::Action::UploadInput { .. } | decide::Action::Collect { .. });
                 step.take(&action, memory).await?;
                 if long {
                     // Much may have happened meanwhile, a deletion for example.

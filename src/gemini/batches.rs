@@ -83,7 +83,8 @@ impl BatchState {
 
     /// `BATCH_STATE_X` on the wire, `JOB_STATE_X` in some documents: the suffix decides.
     fn parse(text: &str) -> Self {
-        let all = [Self::Pending, Self::Running, Self::Succeeded, Self::Failed, Self::Cancelled, Self::Expired];
+        let all =
+            [Self::Pending, Self::Running, Self::Succeeded, Self::Failed, Self::Cancelled, Self::Expired];
         all.into_iter()
             .find(|s| text.strip_suffix(s.as_str()).is_some_and(|p| p.is_empty() || p.ends_with("_STATE_")))
             .unwrap_or(Self::Unknown)
@@ -219,7 +220,8 @@ impl Client {
             batch["priority"] = json!(priority.to_string());
         }
         if !new.webhook_uris.is_empty() {
-            batch["webhookConfig"] = json!({"uris": new.webhook_uris.iter().map(Url::as_str).collect::<Vec<_>>()});
+            batch["webhookConfig"] =
+                json!({"uris": new.webhook_uris.iter().map(Url::as_str).collect::<Vec<_>>()});
         }
         let url = self.versioned(&format!("{model}:batchGenerateContent"), &[]);
         let answer = self.json_once(key, url, &json!({"batch": batch})).await?;
@@ -250,7 +252,10 @@ impl Client {
         let operations = answer["operations"].as_array().map(Vec::as_slice).unwrap_or_default();
         Ok(Page {
             batches: operations.iter().filter_map(Batch::parse).collect(),
-            next_page_token: answer["nextPageToken"].as_str().filter(|t| !t.is_empty()).map(ToOwned::to_owned),
+            next_page_token: answer["nextPageToken"]
+                .as_str()
+                .filter(|t| !t.is_empty())
+                .map(ToOwned::to_owned),
         })
     }
 
@@ -300,7 +305,8 @@ mod tests {
         }
         let odd = json!({"name": "batches/a", "metadata": {"state": "BATCH_STATE_NOT_SUCCEEDED"}});
         assert!(!Batch::parse(&odd).unwrap().is_terminal());
-        let odd = json!({"name": "batches/a", "done": true, "metadata": {"state": "NEW"}, "error": {"code": 4}});
+        let odd =
+            json!({"name": "batches/a", "done": true, "metadata": {"state": "NEW"}, "error": {"code": 4}});
         let batch = Batch::parse(&odd).unwrap();
         assert!(batch.is_terminal() && batch.error == Some(RemoteStatus { code: 4 }));
     }
@@ -324,8 +330,20 @@ mod tests {
             Just(Value::from("batches/x")),
         ];
         let names = prop::sample::select(vec![
-            "name", "metadata", "state", "done", "error", "code", "response", "output", "responsesFile",
-            "inlinedResponses", "batchStats", "requestCount", "createTime", "key",
+            "name",
+            "metadata",
+            "state",
+            "done",
+            "error",
+            "code",
+            "response",
+            "output",
+            "responsesFile",
+            "inlinedResponses",
+            "batchStats",
+            "requestCount",
+            "createTime",
+            "key",
         ]);
         leaf.prop_recursive(4, 40, 6, move |inner| {
             prop_oneof![

@@ -68,7 +68,14 @@ const MAX_LINES: usize = 10;
 impl Error {
     /// Something on our side of the wire. `detail` must not hold URLs, bodies or keys.
     pub(super) fn local(detail: impl Into<String>) -> Self {
-        Self { code: None, status: None, hint: None, lines: Vec::new(), retry_after: None, detail: detail.into() }
+        Self {
+            code: None,
+            status: None,
+            hint: None,
+            lines: Vec::new(),
+            retry_after: None,
+            detail: detail.into(),
+        }
     }
 
     /// There is no API key to ask with.
@@ -293,7 +300,10 @@ fn line_errors(message: &str) -> Vec<LineError> {
         .filter_map(|part| {
             let digits: String = part.chars().take_while(char::is_ascii_digit).collect();
             let line = digits.parse().ok()?;
-            let what = CATEGORIES.iter().find(|(phrase, _)| part.contains(phrase)).map_or("Gemini refuses it", |c| c.1);
+            let what = CATEGORIES
+                .iter()
+                .find(|(phrase, _)| part.contains(phrase))
+                .map_or("Gemini refuses it", |c| c.1);
             Some(LineError { line, what })
         })
         .collect()
@@ -334,7 +344,10 @@ mod tests {
         for code in [400, 401, 403, 404, 429] {
             assert!(envelope(code, "INVALID_ARGUMENT", "x").is_refusal(), "{code}");
             for body in [&b""[..], b"<html>", b"{}", b"{\"error\":\"x\"}", b"[]", b"{\"error\":{}}"] {
-                assert!(!Error::answer(code, None, body, Timestamp::UNIX_EPOCH).is_refusal(), "{code} {body:?}");
+                assert!(
+                    !Error::answer(code, None, body, Timestamp::UNIX_EPOCH).is_refusal(),
+                    "{code} {body:?}"
+                );
             }
         }
         for code in [301, 408, 409, 413, 499, 500, 502, 503, 504] {
@@ -349,7 +362,9 @@ mod tests {
         let key = envelope(400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.");
         assert!(key.is_credentials() && !key.is_absent());
         assert!(envelope(401, "UNAUTHENTICATED", "x").is_credentials());
-        assert!(envelope(403, "PERMISSION_DENIED", "Generative Language API has not been used").is_credentials());
+        assert!(
+            envelope(403, "PERMISSION_DENIED", "Generative Language API has not been used").is_credentials()
+        );
         let file = envelope(
             403,
             "PERMISSION_DENIED",

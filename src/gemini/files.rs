@@ -136,11 +136,21 @@ impl Client {
             && session.set_port(base.port()).is_ok()
             && session.set_username("").is_ok()
             && session.set_password(None).is_ok();
-        if pinned { Ok(session) } else { Err(Error::local("an upload that was started with an unusable URL")) }
+        if pinned {
+            Ok(session)
+        } else {
+            Err(Error::local("an upload that was started with an unusable URL"))
+        }
     }
 
     /// Sends one chunk whole, going on where the server says it stands.
-    async fn put_chunk(&self, session: &Url, offset: u64, chunk: &Bytes, last: bool) -> Result<Progress, Error> {
+    async fn put_chunk(
+        &self,
+        session: &Url,
+        offset: u64,
+        chunk: &Bytes,
+        last: bool,
+    ) -> Result<Progress, Error> {
         let end = offset + chunk.len() as u64;
         let mut at = offset;
         let mut tries = 1;
@@ -236,6 +246,8 @@ async fn complete(response: Response) -> Result<Progress, Error> {
 async fn next_chunk(body: &mut (impl AsyncRead + Unpin), rest: u64) -> Result<Bytes, Error> {
     let size = usize::try_from(rest).unwrap_or(usize::MAX).min(CHUNK_BYTES);
     let mut chunk = BytesMut::zeroed(size);
-    body.read_exact(&mut chunk).await.map_err(|e| Error::local(format!("the input could not be read: {}", e.kind())))?;
+    body.read_exact(&mut chunk)
+        .await
+        .map_err(|e| Error::local(format!("the input could not be read: {}", e.kind())))?;
     Ok(chunk.freeze())
 }

@@ -20,7 +20,9 @@ pub enum ApiKeyError {
     #[error("it is longer than {MAX_BYTES} bytes: put only the API key there")]
     TooLong,
     /// Line breaks, spaces or other characters inside.
-    #[error("it has characters that no API key has (line breaks, spaces, quotes or non-ASCII): put only the API key there")]
+    #[error(
+        "it has characters that no API key has (line breaks, spaces, quotes or non-ASCII): put only the API key there"
+    )]
     Characters,
 }
 

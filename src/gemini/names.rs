@@ -20,14 +20,20 @@ pub struct FileName(String);
 pub struct ModelName(String);
 
 fn id_ok(id: &str, max: usize) -> bool {
-    !id.is_empty() && id.len() <= max && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+    !id.is_empty()
+        && id.len() <= max
+        && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
 }
 
 impl BatchName {
     /// With or without `batches/`.
     pub fn parse(text: &str) -> Result<Self, NameError> {
         let id = text.strip_prefix("batches/").unwrap_or(text);
-        if id_ok(id, 64) { Ok(Self(format!("batches/{id}"))) } else { Err(NameError("not the name of a batch")) }
+        if id_ok(id, 64) {
+            Ok(Self(format!("batches/{id}")))
+        } else {
+            Err(NameError("not the name of a batch"))
+        }
     }
 
     /// The part after `batches/`.
@@ -96,7 +102,10 @@ mod tests {
     #[test]
     fn prefixes_are_optional_and_paths_are_refused() {
         assert_eq!(BatchName::parse("abc").unwrap().to_string(), "batches/abc");
-        assert_eq!(BatchName::parse("batches/abc").unwrap().derived_output_file().to_string(), "files/batch-abc");
+        assert_eq!(
+            BatchName::parse("batches/abc").unwrap().derived_output_file().to_string(),
+            "files/batch-abc"
+        );
         assert_eq!(ModelName::parse("gemini-2.5-flash").unwrap().to_string(), "models/gemini-2.5-flash");
         assert_eq!(ModelName::parse("tunedModels/x").unwrap().to_string(), "tunedModels/x");
         for bad in ["", "batches/", "a/b", "../x", "%2e", "a\nb", "batches/../files/x", &"a".repeat(65)] {

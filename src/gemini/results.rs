@@ -113,7 +113,11 @@ fn usage_of(response: &RawValue) -> Usage {
         total => total,
     };
     // What is neither prompt nor named otherwise was produced by the model.
-    Usage { prompt, output: answered.max(total.saturating_sub(prompt).min(total)).min(total.max(answered)), total }
+    Usage {
+        prompt,
+        output: answered.max(total.saturating_sub(prompt).min(total)).min(total.max(answered)),
+        total,
+    }
 }
 
 /// A line with its line break.
@@ -221,7 +225,16 @@ mod tests {
 
     #[test]
     fn other_things_are_malformed() {
-        for text in ["", "[]", "7", "{}", "{\"key\":\"k\"}", "{\"key\":7,\"response\":{}}", "{\"response\":\"x\"}", "{"] {
+        for text in [
+            "",
+            "[]",
+            "7",
+            "{}",
+            "{\"key\":\"k\"}",
+            "{\"key\":7,\"response\":{}}",
+            "{\"response\":\"x\"}",
+            "{",
+        ] {
             assert!(ResultLine::parse(text).is_err(), "{text}");
         }
     }
@@ -239,10 +252,7 @@ mod tests {
     #[tokio::test]
     async fn a_line_over_the_limit_comes_in_pieces_without_text() {
         let lines = split(vec![b"aaaaaa".to_vec(), b"aa\nb\n".to_vec()], 4).await;
-        assert_eq!(
-            lines,
-            [(b"aaaaaa".to_vec(), false), (b"aa\n".to_vec(), false), (b"b\n".to_vec(), true)]
-        );
+        assert_eq!(lines, [(b"aaaaaa".to_vec(), false), (b"aa\n".to_vec(), false), (b"b\n".to_vec(), true)]);
     }
 
     proptest! {

@@ -61,7 +61,9 @@ fn google() -> Url {
 #[derive(Debug, thiserror::Error)]
 pub enum ClientConfigError {
     /// The API key would cross the network in the clear.
-    #[error("the URL of the Gemini API must be https (plain http is only for the simulator: --allow-insecure-upstream)")]
+    #[error(
+        "the URL of the Gemini API must be https (plain http is only for the simulator: --allow-insecure-upstream)"
+    )]
     Insecure,
     /// Not something to send requests to.
     #[error("the URL of the Gemini API must be http or https, without query, fragment and user name")]
@@ -95,7 +97,8 @@ impl Client {
             "http" => return Err(ClientConfigError::Insecure),
             _ => return Err(ClientConfigError::Url),
         }
-        if !url.has_host() || url.query().is_some() || url.fragment().is_some() || !url.username().is_empty() {
+        if !url.has_host() || url.query().is_some() || url.fragment().is_some() || !url.username().is_empty()
+        {
             return Err(ClientConfigError::Url);
         }
         if config.api_version.is_empty() || !config.api_version.bytes().all(|b| b.is_ascii_alphanumeric()) {
@@ -177,7 +180,9 @@ impl Client {
 fn with_json(method: Method, url: Url, body: Option<&Value>) -> Request {
     let mut request = Request::new(method, url);
     if let Some(body) = body {
-        request.headers_mut().insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        request
+            .headers_mut()
+            .insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         *request.body_mut() = Some(body.to_string().into());
     }
     request
