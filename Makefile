@@ -72,8 +72,7 @@ control-plane:
 define run-demo
 $(MAKE) toolchain control-plane
 echo "== building the operator and the simulator (the first time takes a few minutes)"
-$(CARGO) build --locked --bin gemini-batch-operator
-$(CARGO) build --locked -p gemini-simulator
+$(CARGO) build --workspace --locked
 devcluster="$$(hack/devcluster/ensure.sh)"
 exec python3 hack/demo.py $(1) --devcluster "$$devcluster" --kubectl "$$(dirname "$$devcluster")/kubectl" \
   --operator "$(TARGET_DIR)/debug/gemini-batch-operator" --simulator "$(TARGET_DIR)/debug/gemini-simulator"

@@ -72,6 +72,11 @@ pub struct RunArgs {
     #[arg(long, env = "GBO_CLUSTER_ID")]
     pub cluster_id: Option<String>,
 
+    /// The one namespace whose jobs are worked on. Default: all. Needs --cluster-id, since the default id
+    /// can't be read then.
+    #[arg(long, env = "GBO_WATCH_NAMESPACE", requires = "cluster_id")]
+    pub watch_namespace: Option<String>,
+
     /// Where Gemini reaches the receiver, for example https://batch-callbacks.example.com. The controller
     /// puts it into the callback URL of each batch, the receiver checks that callbacks were meant for it.
     #[arg(long, env = "GBO_EXTERNAL_URL")]

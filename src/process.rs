@@ -6,6 +6,8 @@
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
+use http::HeaderValue;
+use http::header::USER_AGENT;
 use jiff::SignedDuration;
 use kube::Client;
 use kube::runtime::events::{Recorder, Reporter};
@@ -27,7 +29,10 @@ pub async fn run(args: &RunArgs) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut parts = start(args, &stop).await?;
+    let kube_config = kube::Config::infer()
+        .await
+        .context("no Kubernetes to talk to: run in a cluster, or set KUBECONFIG")?;
+    let mut parts = start(args, kube_config, Timings::default(), &stop).await?;
 
     let ended = tokio::select! {
         _ = terminate.recv() => None,
@@ -51,11 +56,16 @@ pub async fn run(args: &RunArgs) -> anyhow::Result<()> {
 }
 
 /// Builds and starts the parts.
-pub async fn start(args: &RunArgs, stop: &CancellationToken) -> anyhow::Result<JoinSet<anyhow::Result<()>>> {
+pub async fn start(
+    args: &RunArgs,
+    mut kube_config: kube::Config,
+    timings: Timings,
+    stop: &CancellationToken,
+) -> anyhow::Result<JoinSet<anyhow::Result<()>>> {
     let clock = Clock::scaled(args.clock_origin_unix_ms, args.clock_factor);
-    let kube_config = kube::Config::infer()
-        .await
-        .context("no Kubernetes to talk to: run in a cluster, or set KUBECONFIG")?;
+    // Who wrote what is seen in the API server's audit log.
+    let agent = HeaderValue::from_static(concat!("gemini-batch-operator/", env!("CARGO_PKG_VERSION")));
+    kube_config.headers.push((USER_AGENT, agent));
     let namespace = args.namespace.clone().unwrap_or_else(|| kube_config.default_namespace.clone());
     let Some(external_url) = args.external_url.clone() else {
         bail!(crate::config::ConfigError::NoExternalUrl)
@@ -76,10 +86,11 @@ pub async fn start(args: &RunArgs, stop: &CancellationToken) -> anyhow::Result<J
             ring,
             Some(external_url.clone()),
             clock,
-            Timings { sweep: SignedDuration::from_secs(i64::from(args.sweep_seconds)), ..Timings::default() },
+            Timings { sweep: SignedDuration::from_secs(i64::from(args.sweep_seconds)), ..timings },
             args.max_input_bytes,
             args.concurrency,
             Recorder::new(client, reporter),
+            args.watch_namespace.clone(),
         ));
         let (namespace, secret) = (namespace.clone(), args.key_ring_secret.clone());
         let stop = stop.clone();

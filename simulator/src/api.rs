@@ -312,7 +312,7 @@ fn late(
     let (shared, name, path) = (Arc::clone(shared), name.to_owned(), path.to_owned());
     let (headers, query, json, body) = (headers.clone(), query.to_vec(), json.clone(), body.clone());
     tokio::spawn(async move {
-        tokio::time::sleep(shared.pace().real(Duration::from_secs_f64(seconds.max(0.0)))).await;
+        tokio::time::sleep(shared.pace().seconds(seconds)).await;
         let request = Incoming {
             op,
             name: &name,

@@ -410,7 +410,9 @@ async fn run(shared: Arc<Shared>, name: String, plan: Plan) {
     if stalled {
         return;
     }
-    let running = plan.work_seconds.map_or(shared.config.running, |s| Duration::from_secs_f64(s.max(0.0)));
+    let running = plan
+        .work_seconds
+        .map_or(shared.config.running, |s| Duration::try_from_secs_f64(s).unwrap_or_default());
     for (pause, state) in [(shared.config.pending, State::Running), (running, State::Running)] {
         tokio::select! {
             () = shared.stop.cancelled() => return,

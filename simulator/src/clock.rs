@@ -67,14 +67,13 @@ impl Pace {
     }
 }
 
-/// RFC 3339 with nanoseconds, as the API writes times.
-pub(crate) fn rfc3339(time: Timestamp) -> String {
-    format!("{time:.9}")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn rfc3339(time: Timestamp) -> String {
+        format!("{time:.9}")
+    }
 
     #[test]
     fn a_scaled_clock_shows_its_start_and_then_runs_faster() {

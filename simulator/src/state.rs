@@ -371,7 +371,7 @@ impl Shared {
 
     /// A time so many simulated seconds from now, as the clock on the wire will show it.
     pub(crate) fn in_seconds(&self, seconds: f64) -> Timestamp {
-        let real = self.pace().real(Duration::from_secs_f64(seconds.max(0.0)));
+        let real = self.pace().seconds(seconds);
         let shown = real.mul_f64(self.config.clock.factor);
         let shown = SignedDuration::try_from(shown).unwrap_or(SignedDuration::MAX);
         self.now().checked_add(shown).unwrap_or(Timestamp::MAX)

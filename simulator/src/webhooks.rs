@@ -65,7 +65,7 @@ pub(crate) fn announce(shared: &Arc<Shared>, name: &str, outcome: Outcome, plan:
             let (shared, name, uri) = (Arc::clone(shared), name.to_owned(), uri.clone());
             let frozen = switches.frozen_timestamps || has("frozen");
             tokio::spawn(async move {
-                tokio::time::sleep(shared.pace().real(Duration::from_secs_f64(late.max(0.0)))).await;
+                tokio::time::sleep(shared.pace().seconds(late)).await;
                 deliver(&shared, &name, &uri, event, frozen).await;
             });
         }

@@ -57,6 +57,46 @@ pub enum Decision {
     Done,
 }
 
+impl Decision {
+    /// The step's name, for logs and tests.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Act(action) => match action {
+                Action::ReserveOutput { .. } => "ReserveOutput",
+                Action::ReleaseOutput { .. } => "ReleaseOutput",
+                Action::FindInputFile { .. } => "FindInputFile",
+                Action::UploadInput { .. } => "UploadInput",
+                Action::CreateBatch { .. } => "CreateBatch",
+                Action::FindBatch { .. } => "FindBatch",
+                Action::ConfirmHinted { .. } => "ConfirmHinted",
+                Action::ProbeCredential => "ProbeCredential",
+                Action::GetBatch { .. } => "GetBatch",
+                Action::Collect { .. } => "Collect",
+                Action::StoreResults { .. } => "StoreResults",
+                Action::CancelBatch { .. } => "CancelBatch",
+                Action::FindToCancel { .. } => "FindToCancel",
+                Action::DeleteInputFile { .. } => "DeleteInputFile",
+            },
+            Self::Record(change) => match **change {
+                Change::AddFinalizer => "AddFinalizer",
+                Change::DropFinalizer { .. } => "DropFinalizer",
+                Change::Intent(_) => "Intent",
+                Change::InputFile { .. } => "InputFile",
+                Change::Refused(_) => "Refused",
+                Change::Submitted { .. } => "Submitted",
+                Change::HintObserved { .. } => "HintObserved",
+                Change::Waiting { .. } => "Waiting",
+                Change::Running => "Running",
+                Change::Finished(_) => "Finished",
+                Change::Refresh => "Refresh",
+            },
+            Self::Wait { .. } => "Wait",
+            Self::Done => "Done",
+        }
+    }
+}
+
 /// When to look again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wake {

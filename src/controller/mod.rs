@@ -13,6 +13,7 @@
 
 pub mod act;
 pub mod collect;
+mod crash;
 pub mod decide;
 pub mod ending;
 pub mod identity;

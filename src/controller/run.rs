@@ -25,7 +25,7 @@ use url::Url;
 use super::decide::{self, Change, Decision, Observed, Wake};
 use super::memory::{Memory, OutputObject, Send, Stage, after};
 use super::observe::{self, Credential};
-use super::{InputFacts, Timings, act, identity, report};
+use super::{InputFacts, Timings, act, crash, identity, report};
 use crate::api::conditions::cut;
 use crate::api::{GeminiBatchJob, Input as InputSpec, Reason};
 use crate::callback::keyring::KeyRing;
@@ -61,6 +61,8 @@ pub struct Context {
     pub concurrency: u16,
     /// The one recorder of Events.
     pub recorder: Recorder,
+    /// The one namespace whose jobs are worked on; all if none.
+    pub namespace: Option<String>,
     /// What the process remembers of each active job, by UID.
     memories: Mutex<HashMap<String, Memory>>,
     /// Failed calls to the API server in a row, by UID.
@@ -83,6 +85,7 @@ impl Context {
         max_input_bytes: u64,
         concurrency: u16,
         recorder: Recorder,
+        namespace: Option<String>,
     ) -> Self {
         Self {
             client,
@@ -94,6 +97,7 @@ impl Context {
             max_input_bytes,
             concurrency,
             recorder,
+            namespace,
             memories: Mutex::default(),
             failures: Mutex::default(),
             swept: Mutex::default(),
@@ -121,7 +125,10 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 pub async fn run(ctx: Arc<Context>, stop: CancellationToken) {
     let (store, writer) = reflector::store::<Guarded>();
     let (poke, poked) = mpsc::unbounded::<ObjectRef<Guarded>>();
-    let jobs: Api<Guarded> = Api::all(ctx.client.clone());
+    let jobs: Api<Guarded> = match &ctx.namespace {
+        None => Api::all(ctx.client.clone()),
+        Some(namespace) => Api::namespaced(ctx.client.clone(), namespace),
+    };
     let stream = watcher(jobs, watcher::Config::default().page_size(100))
         .default_backoff()
         .modify(strip)
@@ -294,7 +301,15 @@ async fn drive(
             },
             now,
         );
-        tracing::debug!(namespace = job.namespace(), job = job.name_any(), uid, ?decision, "decided");
+        tracing::debug!(
+            namespace = job.namespace(),
+            job = job.name_any(),
+            uid,
+            step = decision.name(),
+            "decided"
+        );
+        let step_name = decision.name();
+        crash::at("before", step_name);
         match decision {
             Decision::Act(action) => {
                 let step = act::Step {
@@ -307,6 +322,7 @@ async fn drive(
                 let long =
                     matches!(action, decide::Action::UploadInput { .. } | decide::Action::Collect { .. });
                 step.take(&action, memory).await?;
+                crash::at("after", step_name);
                 if long {
                     // Much may have happened meanwhile, a deletion for example.
                     let Some(there) = fetch().await? else { return Ok(None) };
@@ -315,6 +331,7 @@ async fn drive(
             }
             Decision::Record(change) => match record(ctx, &job, &change, now).await {
                 Ok(written) => {
+                    crash::at("after", step_name);
                     remember(&change, &ring, uid, memory);
                     if matches!(*change, Change::DropFinalizer { .. }) {
                         return Ok(None);

@@ -1,1 +1,12 @@
-//! t
+//! The operator against a real kube-apiserver and the simulator of the Gemini API.
+//!
+//! The control plane comes from `hack/devcluster`; each test has a namespace, a simulator and an operator
+//! of its own. Nothing here sleeps to synchronise: tests wait for what a user would see.
+
+mod bad_input;
+mod crashes;
+mod endings;
+mod harness;
+mod main_job;
+mod rules;
+mod unknown_outcomes;

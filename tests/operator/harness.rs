@@ -1,0 +1,388 @@
+//! A real API server for the whole test binary; for each test a namespace, a simulator and an operator of
+//! its own, in this process or as the built binary.
+
+use std::io::{BufRead as _, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use clap::Parser as _;
+use gemini_batch_operator::api::{GeminiBatchJob, conditions};
+use gemini_batch_operator::config::{Cli, Command as Sub, RunArgs};
+use gemini_batch_operator::controller::Timings;
+use gemini_batch_operator::process;
+use gemini_simulator::{Config, LogEntry, Op, Simulator};
+use jiff::SignedDuration;
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Secret};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::runtime::{conditions::is_crd_established, wait::await_condition};
+use kube::{Api, Client, ResourceExt as _};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+/// Longer than anything takes on a loaded machine; a test that gets here has failed.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+
+pub const MODEL: &str = "gemini-2.5-flash";
+
+struct Cluster {
+    kubeconfig: PathBuf,
+    // Dropped never: the launcher ends when this process does.
+    _child: Mutex<Child>,
+}
+
+fn cluster() -> &'static Cluster {
+    static CLUSTER: OnceLock<Cluster> = OnceLock::new();
+    CLUSTER.get_or_init(|| {
+        let root = env!("CARGO_MANIFEST_DIR");
+        let binary = std::env::var("GBO_DEVCLUSTER").unwrap_or_else(|_| {
+            let out = Command::new(format!("{root}/hack/devcluster/ensure.sh"))
+                .stderr(Stdio::inherit())
+                .output()
+                .expect("hack/devcluster/ensure.sh builds the control plane; it needs bash and Go");
+            assert!(
+                out.status.success(),
+                "the control plane could not be built: run `make test`, or see above"
+            );
+            String::from_utf8(out.stdout).unwrap().trim().to_owned()
+        });
+        let mut child = Command::new(&binary)
+            .arg("up")
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap_or_else(|e| panic!("the control plane {binary} can't be started ({e}): run `make test`"));
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert!(!line.trim().is_empty(), "the control plane did not come up: try `{binary} up` by hand");
+        let kubeconfig = PathBuf::from(line.trim());
+        // The CRD is installed once, before any test goes on.
+        let config = kubeconfig.clone();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let client = Client::try_from(kube_config(&config).await).unwrap();
+                let crds: Api<CustomResourceDefinition> = Api::all(client);
+                let crd = gemini_batch_operator::api::crd::crd();
+                let params = PatchParams::apply("test").force();
+                crds.patch(&crd.name_any(), &params, &Patch::Apply(&crd)).await.unwrap();
+                await_condition(crds, &crd.name_any(), is_crd_established()).await.unwrap();
+            });
+        })
+        .join()
+        .unwrap();
+        Cluster { kubeconfig, _child: Mutex::new(child) }
+    })
+}
+
+async fn kube_config(path: &PathBuf) -> kube::Config {
+    let file = Kubeconfig::read_from(path).unwrap();
+    kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.unwrap()
+}
+
+/// An operator as a process of its own.
+pub struct Process {
+    child: Child,
+    pub log: PathBuf,
+}
+
+impl Process {
+    /// Kills it, as the kernel would.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Waits until it ends by itself.
+    pub async fn ended(&mut self) {
+        let start = Instant::now();
+        while self.child.try_wait().unwrap().is_none() {
+            assert!(start.elapsed() < PATIENCE, "the operator did not end: {}", self.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Everything a test needs.
+pub struct Env {
+    pub client: Client,
+    pub namespace: String,
+    pub sim: Simulator,
+    pub port: u16,
+    extra: Vec<String>,
+    stop: CancellationToken,
+    dir: tempfile::TempDir,
+}
+
+/// Faster than a user would want, slower than a test would need.
+pub fn timings() -> Timings {
+    let quick = |list: &[i64]| list.iter().map(|ms| SignedDuration::from_millis(*ms)).collect::<Vec<_>>();
+    Timings {
+        hint_pauses: quick(&[100, 300, 600]),
+        search_pauses: quick(&[200, 400, 800]),
+        result_pauses: quick(&[100, 200, 400]),
+        recheck: SignedDuration::from_millis(800),
+        quota_first: SignedDuration::from_millis(300),
+        quota_longest: SignedDuration::from_secs(2),
+        trouble_first: SignedDuration::from_millis(100),
+        trouble_longest: SignedDuration::from_secs(1),
+        gone_after: SignedDuration::from_secs(1),
+        ..Timings::default()
+    }
+}
+
+impl Env {
+    /// A namespace, a simulator whose batches take a tenth of a second, and the Secret `gemini`.
+    pub async fn new() -> Self {
+        Self::with(Config { speed: 600.0, ..Config::default() }, &[]).await
+    }
+
+    pub async fn with(config: Config, extra: &[&str]) -> Self {
+        let client = Client::try_from(kube_config(&cluster().kubeconfig).await).unwrap();
+        let namespaces: Api<Namespace> = Api::all(client.clone());
+        let namespace = serde_json::from_value(json!({"metadata": {"generateName": "t-"}})).unwrap();
+        let namespace = namespaces.create(&PostParams::default(), &namespace).await.unwrap().name_any();
+        let sim = Simulator::start(config).await.unwrap();
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let dir = tempfile::tempdir().unwrap();
+        let extra = extra.iter().map(|s| (*s).to_owned()).collect();
+        let env = Self { client, namespace, sim, port, extra, stop: CancellationToken::new(), dir };
+        env.secret("gemini", &json!({"apiKey": "test-key"})).await;
+        env
+    }
+
+    fn args(&self) -> Vec<String> {
+        let port = self.port;
+        let mut args: Vec<String> = [
+            "gemini-batch-operator",
+            "run",
+            &format!("--namespace={0}", self.namespace),
+            &format!("--watch-namespace={0}", self.namespace),
+            "--cluster-id=test",
+            &format!("--gemini-base-url={}", self.sim.base_url()),
+            "--allow-insecure-upstream",
+            &format!("--external-url=http://127.0.0.1:{port}"),
+            "--allow-insecure-callbacks",
+            &format!("--listen=127.0.0.1:{port}"),
+            "--admin-listen=127.0.0.1:0",
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        args.extend(self.extra.clone());
+        args
+    }
+
+    /// Runs the operator in this process until the test ends.
+    pub async fn operator(&self) -> &Self {
+        self.operator_with(timings()).await
+    }
+
+    pub async fn operator_with(&self, timings: Timings) -> &Self {
+        let Sub::Run(args) = Cli::parse_from(self.args()).command else {
+            unreachable!("the arguments say run")
+        };
+        let args: RunArgs = *args;
+        let config = kube_config(&cluster().kubeconfig).await;
+        let mut parts = process::start(&args, config, timings, &self.stop).await.unwrap();
+        tokio::spawn(async move { while parts.join_next().await.is_some() {} });
+        self
+    }
+
+    /// Starts the built binary. `crash_at` ends it at that step.
+    pub fn spawn(&self, crash_at: Option<&str>) -> Process {
+        let log = self.dir.path().join(format!("operator-{}.log", rand_suffix()));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_gemini-batch-operator"));
+        command
+            .args(&self.args()[1..])
+            .arg("--log-level=debug")
+            .env("KUBECONFIG", &cluster().kubeconfig)
+            .env_remove("GBO_CRASH_AT")
+            .stderr(std::fs::File::create(&log).unwrap());
+        if let Some(at) = crash_at {
+            command.env("GBO_CRASH_AT", at);
+        }
+        Process { child: command.spawn().unwrap(), log }
+    }
+
+    pub fn jobs(&self) -> Api<GeminiBatchJob> {
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
+
+    pub fn config_maps(&self) -> Api<ConfigMap> {
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
+
+    pub async fn secret(&self, name: &str, data: &Value) {
+        let secrets: Api<Secret> = Api::namespaced(self.client.clone(), &self.namespace);
+        let body =
+            json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": data});
+        secrets.patch(name, &PatchParams::apply("test").force(), &Patch::Apply(&body)).await.unwrap();
+    }
+
+    pub async fn config_map(&self, name: &str, data: &Value) {
+        let body = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data});
+        let params = PatchParams::apply("test").force();
+        self.config_maps().patch(name, &params, &Patch::Apply(&body)).await.unwrap();
+    }
+
+    /// Creates a job from its spec.
+    pub async fn create(&self, name: &str, spec: Value) -> GeminiBatchJob {
+        self.try_create(name, spec).await.unwrap()
+    }
+
+    pub async fn try_create(&self, name: &str, spec: Value) -> Result<GeminiBatchJob, kube::Error> {
+        let job = serde_json::from_value(json!({
+            "apiVersion": "geminibatch.dev/v1alpha1", "kind": "GeminiBatchJob",
+            "metadata": {"name": name}, "spec": spec}))
+        .unwrap();
+        self.jobs().create(&PostParams::default(), &job).await
+    }
+
+    pub async fn delete(&self, name: &str) {
+        self.jobs().delete(name, &DeleteParams::default()).await.unwrap();
+    }
+
+    /// Waits until the job is as wanted, and says how it is if it does not become so.
+    pub async fn until(
+        &self,
+        name: &str,
+        what: &str,
+        wanted: impl Fn(&GeminiBatchJob) -> bool,
+    ) -> GeminiBatchJob {
+        let jobs = self.jobs();
+        let condition = |job: Option<&GeminiBatchJob>| job.is_some_and(&wanted);
+        match tokio::time::timeout(PATIENCE, await_condition(jobs, name, condition)).await {
+            Ok(job) => job.unwrap().unwrap(),
+            Err(_) => {
+                let job = self.jobs().get_opt(name).await.unwrap();
+                panic!(
+                    "{name} did not become {what}:\n{}\nrequests: {:#?}",
+                    serde_json::to_string_pretty(&job.map(|j| j.status)).unwrap(),
+                    self.ops()
+                );
+            }
+        }
+    }
+
+    pub async fn finished(&self, name: &str) -> GeminiBatchJob {
+        self.until(name, "finished", |j| is_true(j, conditions::FINISHED)).await
+    }
+
+    /// Finished, and everything remote cleaned up.
+    pub async fn cleaned(&self, name: &str) -> GeminiBatchJob {
+        self.until(name, "cleaned up", |j| is_true(j, conditions::FINISHED) && j.finalizers().is_empty())
+            .await
+    }
+
+    pub async fn stalled(&self, name: &str, reason: &str) -> GeminiBatchJob {
+        self.until(name, &format!("stalled by {reason}"), |j| {
+            condition(j, conditions::STALLED).is_some_and(|(s, r, _)| s == "True" && r == reason)
+        })
+        .await
+    }
+
+    pub async fn gone(&self, name: &str) {
+        let absent = |job: Option<&GeminiBatchJob>| job.is_none();
+        let waited = tokio::time::timeout(PATIENCE, await_condition(self.jobs(), name, absent)).await;
+        assert!(waited.is_ok(), "{name} was not deleted: {:#?}", self.jobs().get(name).await);
+    }
+
+    /// Operations that the simulator received, apart from key fetches.
+    pub fn ops(&self) -> Vec<Op> {
+        self.log().into_iter().map(|e| e.op).collect()
+    }
+
+    pub fn log(&self) -> Vec<LogEntry> {
+        self.sim.log().into_iter().filter(|e| e.op != Op::Jwks).collect()
+    }
+
+    pub fn count(&self, op: Op) -> usize {
+        self.ops().into_iter().filter(|o| *o == op).count()
+    }
+
+    /// Writes of the operator in this namespace, from the API server's audit log: `(resource, verb)`.
+    pub fn audited_writes(&self) -> Vec<(String, String)> {
+        let log = cluster().kubeconfig.parent().unwrap().join("audit.log");
+        std::fs::read_to_string(log)
+            .unwrap()
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+            .filter(|e| e["stage"] == "ResponseComplete" && e["objectRef"]["namespace"] == *self.namespace)
+            .filter(|e| e["userAgent"].as_str().unwrap_or_default().starts_with("gemini-batch-operator"))
+            .filter(|e| {
+                ["create", "update", "patch", "delete"].contains(&e["verb"].as_str().unwrap_or_default())
+            })
+            .map(|e| {
+                let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+                (text(&e["objectRef"]["resource"]), text(&e["verb"]))
+            })
+            .collect()
+    }
+}
+
+impl Drop for Env {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+fn rand_suffix() -> u32 {
+    rand::random()
+}
+
+pub fn is_true(job: &GeminiBatchJob, type_: &str) -> bool {
+    job.status.as_ref().is_some_and(|s| conditions::is_true(&s.conditions, type_))
+}
+
+/// `(status, reason, message)`.
+pub fn condition(job: &GeminiBatchJob, type_: &str) -> Option<(String, String, String)> {
+    let c = conditions::get(&job.status.as_ref()?.conditions, type_)?;
+    Some((c.status.clone(), c.reason.clone(), c.message.clone()))
+}
+
+pub fn ready(job: &GeminiBatchJob) -> (String, String, String) {
+    condition(job, conditions::READY).unwrap_or_default()
+}
+
+pub fn state(job: &GeminiBatchJob) -> &'static str {
+    job.status.as_ref().map(|s| s.state).unwrap_or_default().as_str()
+}
+
+/// `(total, succeeded, failed)`.
+pub fn counts(job: &GeminiBatchJob) -> (i64, i64, i64) {
+    let r = job.status.as_ref().and_then(|s| s.requests).unwrap_or_default();
+    (r.total, r.succeeded, r.failed)
+}
+
+/// A spec with inline prompts, keys k1, k2, …, and the output ConfigMap `out` if wanted.
+pub fn spec(prompts: &[&str], output: Option<&str>) -> Value {
+    let requests: Vec<Value> =
+        prompts.iter().enumerate().map(|(i, p)| json!({"key": format!("k{}", i + 1), "prompt": p})).collect();
+    with_input(json!({ "requests": requests }), output)
+}
+
+pub fn with_input(input: Value, output: Option<&str>) -> Value {
+    let mut spec = json!({"model": MODEL, "credentials": {"secretRef": {"name": "gemini"}}, "input": input});
+    if let Some(name) = output {
+        spec["output"] = json!({"configMap": {"name": name}});
+    }
+    spec
+}
+
+/// One line of JSON Lines input.
+pub fn line(key: &str, prompt: &str) -> String {
+    json!({"key": key, "request": {"contents": [{"parts": [{"text": prompt}]}]}}).to_string()
+}

@@ -1,0 +1,145 @@
+//! The answer to a create is lost: the batch is looked for and adopted, and never asked for again.
+
+use gemini_batch_operator::api::conditions;
+use gemini_simulator::{Config, Effect, Fault, Op, Outcome, Switches};
+
+use crate::harness::{Env, is_true, ready, spec, state};
+
+async fn create_answered_with(effect: Effect) {
+    let env = Env::new().await;
+    env.sim.fault(Fault { op: Op::BatchCreate, contains: String::new(), skip: 0, times: 1, effect });
+    env.operator().await;
+    env.create("job", spec(&["x"], Some("out"))).await;
+    let job = env.cleaned("job").await;
+    assert_eq!(state(&job), "Succeeded");
+    assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (1, 1));
+}
+
+fn status(code: u16) -> Effect {
+    Effect::Status { code, commit: true, envelope: true, retry_after: None }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_503_after_the_batch_was_created() {
+    create_answered_with(status(503)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_408_after_the_batch_was_created() {
+    create_answered_with(status(408)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_after_the_batch_was_created() {
+    create_answered_with(Effect::Reset { commit: true }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_truncated_answer() {
+    create_answered_with(Effect::Truncate).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_without_googles_envelope_is_no_refusal() {
+    create_answered_with(Effect::Status { code: 400, commit: true, envelope: false, retry_after: None })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_create_that_commits_late_is_found_later() {
+    create_answered_with(Effect::CommitLate { seconds: 600.0 }).await; // one second at this speed
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_never_created_stays_unconfirmed_and_is_not_sent_again() {
+    let env = Env::new().await;
+    let effect = Effect::Status { code: 503, commit: false, envelope: true, retry_after: None };
+    env.sim.fault(Fault { op: Op::BatchCreate, contains: String::new(), skip: 0, times: 1, effect });
+    env.operator().await;
+    env.create("job", spec(&["x"], None)).await;
+    let job = env.stalled("job", "SubmissionUnconfirmed").await;
+    assert!(ready(&job).2.contains("not sent again"));
+    // It goes on looking, and does not send.
+    let lists = env.count(Op::BatchList);
+    let start = std::time::Instant::now();
+    while env.count(Op::BatchList) < lists + 2 {
+        assert!(start.elapsed() < crate::harness::PATIENCE, "it does not look any more");
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(env.count(Op::BatchCreate), 1);
+    // Deleted: list, delete the file, list again, go.
+    env.delete("job").await;
+    env.gone("job").await;
+    assert!(env.sim.files().is_empty());
+    let ops = env.ops();
+    let deleted = ops.iter().rposition(|o| *o == Op::FileDelete).unwrap();
+    assert!(ops[..deleted].contains(&Op::BatchList) && ops[deleted..].contains(&Op::BatchList), "{ops:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_callback_before_the_name_is_stored_is_not_lost() {
+    let env = Env::with(Config { speed: 6000.0, ..Config::default() }, &[]).await;
+    let effect = Effect::DelayAnswer { millis: 1500 };
+    env.sim.fault(Fault { op: Op::BatchCreate, contains: String::new(), skip: 0, times: 1, effect });
+    env.operator().await;
+    env.create("job", spec(&["x"], None)).await;
+    let job = env.cleaned("job").await;
+    assert_eq!((state(&job), env.sim.batches().len()), ("Succeeded", 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn quota_is_waited_for() {
+    let env = Env::new().await;
+    for op in [Op::UploadStart, Op::BatchCreate] {
+        let effect = Effect::Status { code: 429, commit: false, envelope: true, retry_after: None };
+        env.sim.fault(Fault { op, contains: String::new(), skip: 0, times: 1, effect });
+    }
+    let mut timings = crate::harness::timings();
+    timings.quota_first = jiff::SignedDuration::from_secs(2);
+    timings.quota_longest = jiff::SignedDuration::from_secs(2);
+    env.operator_with(timings).await;
+    env.create("job", spec(&["x"], None)).await;
+    let queued = env.until("job", "queued", |j| state(j) == "Queued").await;
+    assert_eq!(ready(&queued).1, "WaitingForQuota");
+    assert!(!is_true(&queued, conditions::STALLED));
+    assert_eq!(state(&env.cleaned("job").await), "Succeeded");
+    assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (2, 1));
+    // The file of the send that was refused served the next one.
+    assert_eq!(env.count(Op::UploadStart), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_name_that_is_not_honoured_is_recorded_before_the_create() {
+    let env = Env::new().await;
+    env.sim.set(Switches { honour_file_name: false, ..Switches::default() });
+    env.operator().await;
+    env.create("job", spec(&["x"], None)).await;
+    let job = env.cleaned("job").await;
+    assert_eq!(job.status.unwrap().attempts[0].input_file, env.sim.batches()[0].file.clone().unwrap());
+    assert!(env.sim.files().is_empty(), "it is deleted under the name that it got");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_whose_last_answer_is_lost_is_not_repeated() {
+    let env = Env::new().await;
+    let effect = Effect::Reset { commit: true };
+    env.sim.fault(Fault { op: Op::UploadChunk, contains: String::new(), skip: 0, times: 1, effect });
+    env.operator().await;
+    env.create("job", spec(&["x"], None)).await;
+    assert_eq!(state(&env.cleaned("job").await), "Succeeded");
+    assert_eq!(env.count(Op::UploadStart), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_key_than_the_one_that_paid_proves_nothing() {
+    let env = Env::new().await;
+    env.operator().await;
+    env.create("job", spec(&["[[sim:job=stall]]"], None)).await;
+    env.until("job", "running", |j| state(j) == "Running").await;
+    env.secret("gemini", &serde_json::json!({"apiKey": "of-another-project"})).await;
+    env.sim.finish(&env.sim.batches()[0].name, Outcome::Succeeded);
+    let job = env.stalled("job", "CredentialsChanged").await;
+    assert_eq!(state(&job), "Running");
+    env.secret("gemini", &serde_json::json!({"apiKey": "test-key"})).await;
+    assert_eq!(state(&env.finished("job").await), "Succeeded");
+}
