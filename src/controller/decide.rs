@@ -540,7 +540,7 @@ fn submitted(o: &Observed<'_>, a: &Attempt, name: BatchName, now: Timestamp) -> 
         Some(_) => *waiting(&ending::missing(&name), false),
     };
     if unfollowed || looks.swept || next.is_some_and(|t| t <= now) {
-        let allowed = looks.allowed(now);
+        let allowed = looks.allowed(now, o.timings.look_window);
         if allowed <= now {
             return Decision::Act(Action::GetBatch { batch: name });
         }

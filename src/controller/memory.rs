@@ -201,18 +201,16 @@ pub struct Looks {
     recent: Vec<Timestamp>,
 }
 
-/// GETs of one job within [`BUDGET_WINDOW`], however many hints come.
+/// GETs of one job within `Timings::look_window`, however many hints come.
 const BUDGET: usize = 4;
-/// See [`BUDGET`].
-const BUDGET_WINDOW: SignedDuration = SignedDuration::from_secs(60);
 
 impl Looks {
-    /// When the budget allows the next GET.
+    /// When the budget allows the next GET: at most [`BUDGET`] in any `window`.
     #[must_use]
-    pub fn allowed(&self, now: Timestamp) -> Timestamp {
-        let spent: Vec<_> = self.recent.iter().filter(|t| after(**t, BUDGET_WINDOW) > now).collect();
+    pub fn allowed(&self, now: Timestamp, window: SignedDuration) -> Timestamp {
+        let spent: Vec<_> = self.recent.iter().filter(|t| after(**t, window) > now).collect();
         match spent.first() {
-            Some(oldest) if spent.len() >= BUDGET => after(**oldest, BUDGET_WINDOW),
+            Some(oldest) if spent.len() >= BUDGET => after(**oldest, window),
             _ => now,
         }
     }
@@ -259,6 +257,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const WINDOW: SignedDuration = SignedDuration::from_secs(60);
+
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
     }
@@ -301,15 +301,15 @@ mod tests {
             let mut now = at(0);
             for (i, gap) in gaps.iter().enumerate() {
                 now = after(now, SignedDuration::from_secs(*gap));
-                let allowed = looks.allowed(now);
-                prop_assert!(allowed <= after(now, BUDGET_WINDOW));
+                let allowed = looks.allowed(now, WINDOW);
+                prop_assert!(allowed <= after(now, WINDOW));
                 if allowed <= now {
                     looks.looked(Some(&format!("m{i}")), now, &pauses());
                     made.push(now);
                 }
             }
             for (i, start) in made.iter().enumerate() {
-                let within = made[i..].iter().take_while(|t| **t < after(*start, BUDGET_WINDOW)).count();
+                let within = made[i..].iter().take_while(|t| **t < after(*start, WINDOW)).count();
                 prop_assert!(within <= BUDGET, "{within}");
             }
         }

@@ -60,6 +60,8 @@ pub struct InputFacts {
 pub struct Timings {
     /// Pauses before the further GETs after a callback that came before its batch had ended.
     pub hint_pauses: Vec<SignedDuration>,
+    /// In any window of this length a job is looked at four times at most, however many callbacks come.
+    pub look_window: SignedDuration,
     /// Pauses between listings for a batch that may exist; the last one repeats.
     pub search_pauses: Vec<SignedDuration>,
     /// Pauses between tries to read a result file; the last one repeats.
@@ -95,6 +97,7 @@ impl Default for Timings {
         let seconds = |list: &[i64]| list.iter().map(|s| SignedDuration::from_secs(*s)).collect::<Vec<_>>();
         Self {
             hint_pauses: seconds(&[5, 30, 120]),
+            look_window: SignedDuration::from_mins(1),
             search_pauses: seconds(&[5, 10, 30, 60, 120, 300, 600]),
             result_pauses: seconds(&[1, 2, 4, 8, 15, 30, 60, 120, 300, 600]),
             result_late: SignedDuration::from_mins(10),

@@ -134,6 +134,7 @@ pub fn timings() -> Timings {
         hint_pauses: quick(&[100, 300, 600]),
         search_pauses: quick(&[200, 400, 800]),
         result_pauses: quick(&[100, 200, 400]),
+        look_window: SignedDuration::from_secs(2),
         recheck: SignedDuration::from_millis(800),
         quota_first: SignedDuration::from_millis(300),
         quota_longest: SignedDuration::from_secs(2),
