@@ -21,10 +21,10 @@ pub struct Cli {
 pub enum Command {
     /// Run the operator.
     Run(Box<RunArgs>),
-    /// Print the CustomResourceDefinition as YAML.
+    /// Print the `CustomResourceDefinition` as YAML.
     Crd,
     /// Say why a callback is accepted or refused.
-    Verify(crate::verify::VerifyArgs),
+    Verify(Box<crate::verify::VerifyArgs>),
 }
 
 /// Which half of the operator to run.
@@ -77,7 +77,7 @@ pub struct RunArgs {
     #[arg(long, env = "GBO_WATCH_NAMESPACE", requires = "cluster_id")]
     pub watch_namespace: Option<String>,
 
-    /// Where Gemini reaches the receiver, for example https://batch-callbacks.example.com. The controller
+    /// Where Gemini reaches the receiver, for example <https://batch-callbacks.example.com>. The controller
     /// puts it into the callback URL of each batch, the receiver checks that callbacks were meant for it.
     #[arg(long, env = "GBO_EXTERNAL_URL")]
     pub external_url: Option<Url>,
@@ -122,7 +122,7 @@ pub struct RunArgs {
     #[arg(long, env = "GBO_SWEEP_SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..))]
     pub sweep_seconds: u32,
 
-    /// Log level, for example info, debug, or warn,gemini_batch_operator=debug.
+    /// Log level, for example info, debug, or `warn,gemini_batch_operator=debug`.
     #[arg(long, env = "GBO_LOG_LEVEL", default_value = "info")]
     pub log_level: String,
 

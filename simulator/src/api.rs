@@ -32,6 +32,7 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
+    #[expect(clippy::needless_pass_by_value, reason = "callers build the value in place")]
     pub(crate) fn json(value: Value) -> Self {
         Self::bytes("application/json; charset=UTF-8", value.to_string().into())
     }
@@ -133,7 +134,7 @@ async fn handle(
     let query: Vec<(String, String)> =
         url::form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes()).into_owned().collect();
     if let Some(control) = path.strip_prefix("/_sim/") {
-        return Ok(control_api(shared, &parts.method, control, &body).await);
+        return Ok(control_api(shared, &parts.method, control, &body));
     }
     let (op, name) = route(&parts.method, &path, &parts.headers, &query);
     let key = key_of(&parts.headers, &query);
@@ -398,7 +399,7 @@ fn finish(shared: &Shared, seq: usize, subject: &mut Subject, status: &str) {
 }
 
 /// The controls over HTTP, for the binary.
-async fn control_api(shared: &Arc<Shared>, method: &Method, path: &str, body: &Bytes) -> Response<Body> {
+fn control_api(shared: &Arc<Shared>, method: &Method, path: &str, body: &Bytes) -> Response<Body> {
     let answer = match (method.as_str(), path) {
         ("GET", "healthz") => Ok(json!("ok")),
         ("GET", "log") => Ok(json!({"entries": shared.lock().log})),

@@ -111,7 +111,7 @@ async fn deliver(shared: &Arc<Shared>, name: &str, uri: &str, event: &str, froze
     let mut passed = Duration::ZERO;
     for attempt in 1.. {
         let status = post(shared, name, uri, event, &message, attempt).await;
-        if status.is_some_and(|s| (200..300).contains(&s)) || passed > Duration::from_secs(24 * 3600) {
+        if status.is_some_and(|s| (200..300).contains(&s)) || passed > Duration::from_hours(24) {
             return;
         }
         tokio::select! {
@@ -119,7 +119,7 @@ async fn deliver(shared: &Arc<Shared>, name: &str, uri: &str, event: &str, froze
             () = tokio::time::sleep(shared.pace().real(pause)) => {}
         }
         passed += pause;
-        pause = (pause * 2).min(Duration::from_secs(3600));
+        pause = (pause * 2).min(Duration::from_hours(1));
         if !frozen {
             message.timestamp = shared.now().as_second();
             message.signature = shared.lock().signing.sign(&message.id, message.timestamp, &message.body);

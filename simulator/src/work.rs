@@ -52,6 +52,7 @@ pub(crate) fn text_of(request: &Value) -> String {
 
 /// What the whole batch is told to do.
 #[derive(Clone, Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a directive of its own")]
 pub(crate) struct Plan {
     pub(crate) outcome: Option<Outcome>,
     pub(crate) stall: bool,
@@ -109,9 +110,9 @@ pub(crate) fn results(requests: &[Request], embed: bool, fail_rate: f64, unfinis
             fields.insert("key".to_owned(), key.clone());
         }
         if line.get("response").is_some() {
-            succeeded += 1
+            succeeded += 1;
         } else {
-            failed += 1
+            failed += 1;
         }
         if let Some(key) = directive(&text, "foreign") {
             let mut foreign = line.clone();
@@ -131,7 +132,7 @@ pub(crate) fn results(requests: &[Request], embed: bool, fail_rate: f64, unfinis
     if plan.partial {
         lines.truncate(lines.len().div_ceil(2));
     }
-    let content: String = lines.iter().map(|l| format!("{l}\n")).collect();
+    let content: String = lines.iter().flat_map(|l| [l.to_string(), "\n".to_owned()]).collect();
     Results { content: content.into(), succeeded, failed }
 }
 

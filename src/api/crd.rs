@@ -1,4 +1,4 @@
-//! The CustomResourceDefinition as `gemini-batch-operator crd` prints it and `crds/` holds it.
+//! The `CustomResourceDefinition` as `gemini-batch-operator crd` prints it and `crds/` holds it.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
     CustomResourceDefinition, JSON, JSONSchemaProps, JSONSchemaPropsOrArray,

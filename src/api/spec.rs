@@ -149,7 +149,7 @@ pub struct Input {
     pub requests: Option<Vec<InputRequest>>,
 
     /// A key of a ConfigMap in the job's namespace that holds JSON Lines: on each line an object with a
-    /// unique `key` and a `request` (a GenerateContentRequest).
+    /// unique `key` and a `request` (a `GenerateContentRequest`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config_map: Option<ConfigMapKeyRef>,
 
@@ -172,7 +172,7 @@ pub struct InputRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 262_144))]
     pub prompt: Option<String>,
-    /// The long form: a whole GenerateContentRequest (`contents`, `systemInstruction`, `generationConfig`,
+    /// The long form: a whole `GenerateContentRequest` (`contents`, `systemInstruction`, `generationConfig`,
     /// `tools`, `safetySettings` …), passed on as it is. Exactly one of `prompt` and `request`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "anything")]

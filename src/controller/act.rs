@@ -152,7 +152,7 @@ impl Step<'_> {
                 set_stage(memory, attempt, Stage::Uploaded { file: name.to_string() });
             }
             Err(e) => {
-                self.refused_or_trouble(memory, attempt, RefusedCall::Upload, &e, "uploading the input")
+                self.refused_or_trouble(memory, attempt, RefusedCall::Upload, &e, "uploading the input");
             }
         }
     }

@@ -327,7 +327,7 @@ fn ready_to_send<'a>(
             if generation_of(o.job) == *generation && retry.is_none_or(|t| t > now) =>
         {
             Err(Box::new(Decision::Wait {
-                say: Some(waiting(problem, true)),
+                say: Some(Box::new(waiting(problem, true))),
                 wake: retry.map_or(Wake::OnChange, Wake::At),
             }))
         }
@@ -409,11 +409,14 @@ fn refused(o: &Observed<'_>, a: &Attempt, refusal: &Refusal, now: Timestamp) -> 
         match &o.memory.probe {
             Some(probe) if probe.fingerprint == *fingerprint && probe.accepted => {}
             Some(probe) if probe.fingerprint == *fingerprint && probe.next > now => {
-                return Decision::Wait { say: Some(waiting(&problem, true)), wake: Wake::At(probe.next) };
+                return Decision::Wait {
+                    say: Some(Box::new(waiting(&problem, true))),
+                    wake: Wake::At(probe.next),
+                };
             }
             None if refusal.retry_time.0 > now => {
                 return Decision::Wait {
-                    say: Some(waiting(&problem, true)),
+                    say: Some(Box::new(waiting(&problem, true))),
                     wake: Wake::At(refusal.retry_time.0),
                 };
             }
@@ -421,7 +424,7 @@ fn refused(o: &Observed<'_>, a: &Attempt, refusal: &Refusal, now: Timestamp) -> 
         }
     } else if !another_key && refusal.retry_time.0 > now {
         return Decision::Wait {
-            say: Some(waiting(&problem, is_stalled)),
+            say: Some(Box::new(waiting(&problem, is_stalled))),
             wake: Wake::At(refusal.retry_time.0),
         };
     }
@@ -498,9 +501,10 @@ fn searching(o: &Observed<'_>, a: &Attempt, search: &Search, now: Timestamp) -> 
         return Decision::Act(Action::ConfirmHinted { batch, attempt: Box::new(a.clone()) });
     }
     match search.next {
-        Some(next) if next > now => {
-            Decision::Wait { say: Some(waiting(&ending::unconfirmed(a), true)), wake: Wake::At(next) }
-        }
+        Some(next) if next > now => Decision::Wait {
+            say: Some(Box::new(waiting(&ending::unconfirmed(a), true))),
+            wake: Wake::At(next),
+        },
         _ => Decision::Act(Action::FindBatch { attempt: Box::new(a.clone()) }),
     }
 }
@@ -535,9 +539,9 @@ fn submitted(o: &Observed<'_>, a: &Attempt, name: BatchName, now: Timestamp) -> 
     let say = match missing {
         None => Change::Running,
         Some(_) if !same_key => {
-            *waiting(&ending::credentials_changed("Gemini does not show it the batch"), true)
+            waiting(&ending::credentials_changed("Gemini does not show it the batch"), true)
         }
-        Some(_) => *waiting(&ending::missing(&name), false),
+        Some(_) => waiting(&ending::missing(&name), false),
     };
     if unfollowed || looks.swept || next.is_some_and(|t| t <= now) {
         let allowed = looks.allowed(now, o.timings.look_window);
@@ -611,7 +615,7 @@ fn reading(
         if tries.next > now {
             let late = after(tries.since, o.timings.result_late) <= now;
             return Decision::Wait {
-                say: Some(waiting(&ending::not_readable(&name, give_up), late)),
+                say: Some(Box::new(waiting(&ending::not_readable(&name, give_up), late))),
                 wake: Wake::At(tries.next),
             };
         }
@@ -689,7 +693,7 @@ fn deleting(o: &Observed<'_>, now: Timestamp) -> Decision {
 fn clean_up(o: &Observed<'_>, a: &Attempt, action: Action, deadline: Timestamp, now: Timestamp) -> Decision {
     let soon = if after(now, o.timings.recheck) >= deadline { Wake::At(deadline) } else { Wake::Recheck };
     match (&o.credential, &o.memory.cleanup.failed) {
-        (Err(problem), _) => Decision::Wait { say: Some(waiting(problem, true)), wake: soon },
+        (Err(problem), _) => Decision::Wait { say: Some(Box::new(waiting(problem, true))), wake: soon },
         (Ok(fingerprint), Some(tries)) if tries.next > now => {
             let say = (*fingerprint != a.credential_fingerprint)
                 .then(|| waiting(&ending::credentials_changed("the batch can't be cancelled with it"), true));
@@ -744,19 +748,19 @@ fn record(change: Change) -> Decision {
     Decision::Record(Box::new(change))
 }
 
-fn waiting(problem: &Problem, stalled: bool) -> Box<Change> {
-    Box::new(Change::Waiting { problem: problem.clone(), stalled, results: None })
+fn waiting(problem: &Problem, stalled: bool) -> Change {
+    Change::Waiting { problem: problem.clone(), stalled, results: None }
 }
 
 /// Somebody has to change something outside the job; Secrets may only be read, not watched, so it is
 /// looked at again every now and then.
 fn stalled(problem: &Problem) -> Decision {
-    Decision::Wait { say: Some(waiting(problem, true)), wake: Wake::Recheck }
+    Decision::Wait { say: Some(Box::new(waiting(problem, true))), wake: Wake::Recheck }
 }
 
 /// A call fails for now. The first failure is not worth a write; a lasting one is said.
 fn in_trouble(trouble: &Trouble) -> Decision {
-    let say = (trouble.failures >= 2).then(|| waiting(&trouble.problem, false));
+    let say = (trouble.failures >= 2).then(|| Box::new(waiting(&trouble.problem, false)));
     Decision::Wait { say, wake: Wake::At(trouble.next) }
 }
 

@@ -64,7 +64,7 @@ pub fn from_lines(content: &[u8], source: &str, max_bytes: u64) -> Result<Input,
         return Err(too_large(content.len()));
     }
     let text = std::str::from_utf8(content).map_err(|e| {
-        let line = content[..e.valid_up_to()].iter().filter(|b| **b == b'\n').count() + 1;
+        let line = content[..e.valid_up_to()].split(|b| *b == b'\n').count();
         Problem::new(Reason::InputInvalid, format!("{source}: line {line} is not valid UTF-8"))
     })?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);

@@ -63,22 +63,21 @@ pub async fn ensure(
 ) -> Result<KeyRing, RingError> {
     let failed = |source| RingError::Kubernetes { secret: secret.to_owned(), source };
     let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
-    let ring = match secrets.get_opt(secret).await.map_err(failed)? {
-        Some(there) => parse(secret, &there)?,
-        None => {
-            let id = match cluster_id {
-                Some(id) => id.to_owned(),
-                None => kube_system_uid(client).await.map_err(failed)?,
-            };
-            let ring = KeyRing::generate(&id, now)
-                .map_err(|source| RingError::Content { secret: secret.to_owned(), source })?;
-            match secrets.create(&post(), &object(namespace, secret, &ring)).await {
-                Ok(_) => ring,
-                Err(e) if super::output::is(&e, 409) => {
-                    parse(secret, &secrets.get(secret).await.map_err(failed)?)?
-                }
-                Err(e) => return Err(failed(e)),
+    let ring = if let Some(there) = secrets.get_opt(secret).await.map_err(failed)? {
+        parse(secret, &there)?
+    } else {
+        let id = match cluster_id {
+            Some(id) => id.to_owned(),
+            None => kube_system_uid(client).await.map_err(failed)?,
+        };
+        let ring = KeyRing::generate(&id, now)
+            .map_err(|source| RingError::Content { secret: secret.to_owned(), source })?;
+        match secrets.create(&post(), &object(namespace, secret, &ring)).await {
+            Ok(_) => ring,
+            Err(e) if super::output::is(&e, 409) => {
+                parse(secret, &secrets.get(secret).await.map_err(failed)?)?
             }
+            Err(e) => return Err(failed(e)),
         }
     };
     match cluster_id {
@@ -103,7 +102,7 @@ pub async fn keep_current(ctx: Arc<Context>, namespace: String, secret: String, 
             Ok(Some(there)) => match parse(&secret, &there) {
                 Ok(ring) => *ctx.ring.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(ring),
                 Err(error) => {
-                    tracing::error!(%error, "the key ring can't be read; the one in memory is used on")
+                    tracing::error!(%error, "the key ring can't be read; the one in memory is used on");
                 }
             },
             Ok(None) => tracing::error!(

@@ -4,7 +4,7 @@
 //! and a reconcile works on a fresh GET. Jobs at rest (finished, or running with nothing new) are
 //! recognised from the cache alone.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -68,7 +68,7 @@ pub struct Context {
     /// Failed calls to the API server in a row, by UID.
     failures: Mutex<HashMap<String, u32>>,
     /// Jobs that the sweep wants looked at, by UID.
-    swept: Mutex<HashMap<String, ()>>,
+    swept: Mutex<HashSet<String>>,
 }
 
 impl Context {
@@ -112,7 +112,7 @@ impl Context {
 
     /// Has the job look at Gemini at its next turn.
     pub fn sweep(&self, uid: &str) {
-        lock(&self.swept).insert(uid.to_owned(), ());
+        lock(&self.swept).insert(uid.to_owned());
     }
 }
 
@@ -191,7 +191,7 @@ async fn reconcile(cached: Arc<Guarded>, ctx: Arc<Context>) -> Result<Requeue, E
     }
     // The controller never works on one job twice at the same time, so its memory can be taken out.
     let mut memory = lock(&ctx.memories).remove(&uid).unwrap_or_default();
-    if lock(&ctx.swept).remove(&uid).is_some() {
+    if lock(&ctx.swept).remove(&uid) {
         memory.looks.swept = true;
     }
     if let Some(wake) = settled(cached, &memory, ctx.clock.now()) {
@@ -445,6 +445,7 @@ fn remember(change: &Change, ring: &KeyRing, uid: &str, memory: &mut Memory) {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "the signature is the Controller's")]
 fn on_error(object: Arc<Guarded>, error: &Error, ctx: Arc<Context>) -> Requeue {
     let uid = object.meta().uid.clone().unwrap_or_default();
     let failures = {

@@ -313,7 +313,7 @@ fn line_errors(message: &str) -> Vec<LineError> {
 fn retry_info(details: &[Value]) -> Option<SignedDuration> {
     let delay = details.iter().find_map(|d| d.get("retryDelay").and_then(Value::as_str))?;
     let seconds: f64 = delay.strip_suffix('s')?.parse().ok()?;
-    SignedDuration::try_from_secs_f64(seconds).ok().filter(|d| d.is_positive())
+    SignedDuration::try_from_secs_f64(seconds).ok().filter(jiff::SignedDuration::is_positive)
 }
 
 /// Seconds, or an HTTP date. At most a day counts.

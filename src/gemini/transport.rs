@@ -43,10 +43,10 @@ impl Default for ClientConfig {
             base_url: google(),
             api_version: "v1beta".to_owned(),
             connect_timeout: Duration::from_secs(10),
-            request_timeout: Duration::from_secs(60),
-            create_timeout: Duration::from_secs(180),
-            idle_timeout: Duration::from_secs(60),
-            chunk_timeout: Duration::from_secs(300),
+            request_timeout: Duration::from_mins(1),
+            create_timeout: Duration::from_mins(3),
+            idle_timeout: Duration::from_mins(1),
+            chunk_timeout: Duration::from_mins(5),
             allow_insecure: false,
         }
     }
@@ -114,7 +114,7 @@ impl Client {
                 .tcp_keepalive(Duration::from_secs(30))
         };
         Ok(Self {
-            http: builder().pool_idle_timeout(Duration::from_secs(60)).build()?,
+            http: builder().pool_idle_timeout(Duration::from_mins(1)).build()?,
             once: builder().pool_max_idle_per_host(0).build()?,
             config,
         })

@@ -265,16 +265,15 @@ impl Env {
     ) -> GeminiBatchJob {
         let jobs = self.jobs();
         let condition = |job: Option<&GeminiBatchJob>| job.is_some_and(&wanted);
-        match tokio::time::timeout(PATIENCE, await_condition(jobs, name, condition)).await {
-            Ok(job) => job.unwrap().unwrap(),
-            Err(_) => {
-                let job = self.jobs().get_opt(name).await.unwrap();
-                panic!(
-                    "{name} did not become {what}:\n{}\nrequests: {:#?}",
-                    serde_json::to_string_pretty(&job.map(|j| j.status)).unwrap(),
-                    self.ops()
-                );
-            }
+        if let Ok(job) = tokio::time::timeout(PATIENCE, await_condition(jobs, name, condition)).await {
+            job.unwrap().unwrap()
+        } else {
+            let job = self.jobs().get_opt(name).await.unwrap();
+            panic!(
+                "{name} did not become {what}:\n{}\nrequests: {:#?}",
+                serde_json::to_string_pretty(&job.map(|j| j.status)).unwrap(),
+                self.ops()
+            );
         }
     }
 
@@ -375,6 +374,7 @@ pub fn spec(prompts: &[&str], output: Option<&str>) -> Value {
     with_input(json!({ "requests": requests }), output)
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "callers build the value in place")]
 pub fn with_input(input: Value, output: Option<&str>) -> Value {
     let mut spec = json!({"model": MODEL, "credentials": {"secretRef": {"name": "gemini"}}, "input": input});
     if let Some(name) = output {

@@ -3,7 +3,12 @@
 //! The control plane comes from `hack/devcluster`; each test has a namespace, a simulator and an operator
 //! of its own. Nothing here sleeps to synchronise: tests wait for what a user would see.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test says what went wrong by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test says what went wrong by panicking"
+)]
 
 mod bad_input;
 mod crashes;

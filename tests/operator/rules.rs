@@ -55,7 +55,10 @@ async fn specs_are_accepted_and_refused() {
             "must not be the ConfigMap that spec.input.configMap reads from",
         ),
         (requests(json!([])), "should have at least 1 items"),
-        (requests(json!([{"key": "a", "prompt": "x"}, {"key": "a", "prompt": "y"}])), "duplicate entries for key"),
+        (
+            requests(json!([{"key": "a", "prompt": "x"}, {"key": "a", "prompt": "y"}])),
+            "duplicate entries for key",
+        ),
         (requests(json!([{"key": "a"}])), "must validate one and only one schema"),
         (
             requests(json!([{"key": "a", "prompt": "x", "request": {"contents": []}}])),
