@@ -697,7 +697,7 @@ fn clean_up(o: &Observed<'_>, a: &Attempt, action: Action, deadline: Timestamp, 
         (Ok(fingerprint), Some(tries)) if tries.next > now => {
             let say = (*fingerprint != a.credential_fingerprint)
                 .then(|| waiting(&ending::credentials_changed("the batch can't be cancelled with it"), true));
-            Decision::Wait { say, wake: Wake::At(tries.next.min(deadline)) }
+            Decision::Wait { say: say.map(Box::new), wake: Wake::At(tries.next.min(deadline)) }
         }
         _ => Decision::Act(action),
     }
