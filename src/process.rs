@@ -70,7 +70,7 @@ pub async fn start(
     let Some(external_url) = args.external_url.clone() else {
         bail!(crate::config::ConfigError::NoExternalUrl)
     };
-    let mut registry = Registry::default();
+    let mut registry = Registry::with_prefix("gemini_batch");
     let mut ready: Vec<admin::ReadyCheck> = Vec::new();
     let mut parts: JoinSet<anyhow::Result<()>> = JoinSet::new();
 

@@ -760,7 +760,8 @@ fn stalled(problem: &Problem) -> Decision {
 
 /// A call fails for now. The first failure is not worth a write; a lasting one is said.
 fn in_trouble(trouble: &Trouble) -> Decision {
-    let say = (trouble.failures >= 2).then(|| Box::new(waiting(&trouble.problem, false)));
+    let stalled = trouble.problem.reason == Reason::CredentialsRefused;
+    let say = (trouble.failures >= 2).then(|| Box::new(waiting(&trouble.problem, stalled)));
     Decision::Wait { say, wake: Wake::At(trouble.next) }
 }
 

@@ -179,6 +179,8 @@ fn waiting(s: &mut GeminiBatchJobStatus, problem: &Problem, stalled: bool, gener
     };
     progress(s, problem.reason, &problem.message, generation, now);
     if stalled {
+        // Not both: kstatus reports whichever of the two stands first.
+        conditions::clear(&mut s.conditions, RECONCILING, problem.reason, generation, now);
         conditions::set(&mut s.conditions, STALLED, true, problem.reason, &problem.message, generation, now);
     }
 }
