@@ -801,6 +801,12 @@ pub fn new_hint<'a>(job: &'a GeminiBatchJob, a: &Attempt) -> Option<&'a str> {
     (a.observed_hint.as_ref() != Some(&callback.webhook_id)).then_some(callback.webhook_id.as_str())
 }
 
+/// Whether the last callback of an unfinished job was not acted on to its end yet.
+#[must_use]
+pub fn hint_waits(job: &GeminiBatchJob) -> bool {
+    !is_finished(job) && current_attempt(job).is_some_and(|a| new_hint(job, a).is_some())
+}
+
 /// The batch that a callback names.
 fn hinted_batch(job: &GeminiBatchJob) -> Option<BatchName> {
     BatchName::parse(job.status.as_ref()?.callback.as_ref()?.batch_id.as_deref()?).ok()

@@ -19,6 +19,7 @@ pub mod ending;
 pub mod identity;
 pub mod input;
 pub mod memory;
+pub mod metrics;
 pub mod observe;
 pub mod output;
 pub mod report;

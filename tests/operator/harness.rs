@@ -30,6 +30,7 @@ pub const MODEL: &str = "gemini-2.5-flash";
 
 struct Cluster {
     kubeconfig: PathBuf,
+    kubectl: PathBuf,
     // Dropped never: the launcher ends when this process does.
     _child: Mutex<Child>,
 }
@@ -74,7 +75,8 @@ fn cluster() -> &'static Cluster {
         })
         .join()
         .unwrap();
-        Cluster { kubeconfig, _child: Mutex::new(child) }
+        let kubectl = PathBuf::from(&binary).with_file_name("kubectl");
+        Cluster { kubeconfig, kubectl, _child: Mutex::new(child) }
     })
 }
 
@@ -337,6 +339,18 @@ impl Drop for Env {
     fn drop(&mut self) {
         self.stop.cancel();
     }
+}
+
+/// Runs the real kubectl in the test's namespace: its output, or what it complained about.
+pub fn kubectl(env: &Env, args: &[&str]) -> Result<String, String> {
+    let out = Command::new(&cluster().kubectl)
+        .arg(format!("--kubeconfig={}", cluster().kubeconfig.display()))
+        .arg(format!("--namespace={}", env.namespace))
+        .args(args)
+        .output()
+        .unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    if out.status.success() { Ok(text(out.stdout)) } else { Err(text(out.stderr)) }
 }
 
 fn rand_suffix() -> u32 {

@@ -14,6 +14,7 @@ mod bad_input;
 mod crashes;
 mod endings;
 mod harness;
+mod kubectl;
 mod main_job;
 mod rules;
 mod unknown_outcomes;
