@@ -66,11 +66,12 @@ fn cluster() -> &'static Cluster {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let client = Client::try_from(kube_config(&config).await).unwrap();
-                let crds: Api<CustomResourceDefinition> = Api::all(client);
+                let crds: Api<CustomResourceDefinition> = Api::all(client.clone());
                 let crd = gemini_batch_operator::api::crd::crd();
                 let params = PatchParams::apply("test").force();
                 crds.patch(&crd.name_any(), &params, &Patch::Apply(&crd)).await.unwrap();
                 await_condition(crds, &crd.name_any(), is_crd_established()).await.unwrap();
+                published(&client).await;
             });
         })
         .join()
@@ -78,6 +79,20 @@ fn cluster() -> &'static Cluster {
         let kubectl = PathBuf::from(&binary).with_file_name("kubectl");
         Cluster { kubeconfig, kubectl, _child: Mutex::new(child) }
     })
+}
+
+/// The schema is served a moment after the resource is; `kubectl explain` needs it.
+async fn published(client: &Client) {
+    let start = Instant::now();
+    loop {
+        let index = http::Request::get("/openapi/v3").body(Vec::new()).unwrap();
+        let index: Value = client.request(index).await.unwrap();
+        if index["paths"].get("apis/geminibatch.dev/v1alpha1").is_some() {
+            return;
+        }
+        assert!(start.elapsed() < PATIENCE, "the API server does not publish the schema");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 async fn kube_config(path: &PathBuf) -> kube::Config {
