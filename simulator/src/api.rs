@@ -218,7 +218,8 @@ fn dispatch(
             return files::command(shared, name, headers, body, subject);
         }
         Op::Jwks => {
-            let jwks = shared.lock().signing.jwks();
+            let inner = shared.lock();
+            let jwks = inner.signing.jwks(inner.switches.hooks.iter().any(|h| h == "jwt"));
             return Ok(Answer::json(jwks).header("cache-control", "public, max-age=300"));
         }
         Op::Unknown => return Err(ApiError::new(404, "NOT_FOUND", "Method not found.")),

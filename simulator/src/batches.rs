@@ -419,13 +419,15 @@ async fn run(shared: Arc<Shared>, name: String, plan: Plan) {
             () = tokio::time::sleep(real(pause)) => {}
         }
         let now = shared.now();
-        let mut inner = shared.lock();
-        match inner.batch(&name) {
+        let began = match shared.lock().batch(&name) {
             Some(batch) if !matches!(batch.state, State::Ended(_)) && !batch.deleted => {
-                batch.state = state;
                 batch.updated = now;
+                std::mem::replace(&mut batch.state, state) == State::Pending
             }
             _ => return,
+        };
+        if began {
+            webhooks::announce_early(&shared, &name, &plan);
         }
     }
     shared.finish(&name, plan.outcome.unwrap_or(Outcome::Succeeded));

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::Config;
 use crate::clock::Pace;
 use crate::error::ApiError;
-use crate::webhooks::Signing;
+use crate::webhooks::{Held, Signing};
 
 /// What the contract leaves open, and what can be made to go wrong for all.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -37,6 +37,8 @@ pub struct Switches {
     pub frozen_timestamps: bool,
     /// Events are lost.
     pub lose_events: bool,
+    /// What goes wrong with all deliveries: `duplicate`, `late=30`, …; the list is in `webhooks`.
+    pub hooks: Vec<String>,
     /// Cancelling a batch that has ended is refused.
     pub cancel_ended_refused: bool,
     /// Result files can't be deleted.
@@ -64,6 +66,7 @@ impl Default for Switches {
             embed_events: true,
             frozen_timestamps: false,
             lose_events: false,
+            hooks: Vec::new(),
             cancel_ended_refused: false,
             delete_output_refused: true,
             cancel_race: false,
@@ -319,6 +322,8 @@ pub(crate) struct Inner {
     pub(crate) faults: Vec<Fault>,
     pub(crate) deliveries: Vec<Delivery>,
     pub(crate) signing: Signing,
+    /// A delivery that waits for another one to overtake it.
+    pub(crate) held: Option<Held>,
 }
 
 /// What all tasks share.
@@ -353,6 +358,7 @@ impl Shared {
             faults: Vec::new(),
             deliveries: Vec::new(),
             signing: Signing::new(),
+            held: None,
         };
         Self { config, base_url, http, stop, inner: Mutex::new(inner) }
     }

@@ -87,7 +87,7 @@ impl Decision {
                 Change::Submitted { .. } => "Submitted",
                 Change::HintObserved { .. } => "HintObserved",
                 Change::Waiting { .. } => "Waiting",
-                Change::Running => "Running",
+                Change::Running { .. } => "Running",
                 Change::Finished(_) => "Finished",
                 Change::Refresh => "Refresh",
             },
@@ -226,7 +226,10 @@ pub enum Change {
         results: Option<Box<Results>>,
     },
     /// The batch runs and nothing stands in the way.
-    Running,
+    Running {
+        /// The type of a callback that was followed, and that Gemini does not confirm yet.
+        early: Option<String>,
+    },
     /// The job has ended.
     Finished(Box<End>),
     /// The spec was edited after the end: the conditions hold for the new generation as well.
@@ -536,8 +539,11 @@ fn submitted(o: &Observed<'_>, a: &Attempt, name: BatchName, now: Timestamp) -> 
     };
     let next = [looks.next, missing.map(|t| t.next)].into_iter().flatten().min();
     let unfollowed = hint.is_some_and(|h| looks.following.as_ref().is_none_or(|(f, _)| f != h));
+    // The first GET is made before anything is said, so that a hint that is right costs no write.
+    let early =
+        hint.and_then(|_| o.job.status.as_ref()?.callback.as_ref()).filter(|_| looks.following.is_some());
     let say = match missing {
-        None => Change::Running,
+        None => Change::Running { early: early.map(|callback| callback.type_.clone()) },
         Some(_) if !same_key => {
             waiting(&ending::credentials_changed("Gemini does not show it the batch"), true)
         }

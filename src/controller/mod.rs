@@ -13,7 +13,6 @@
 
 pub mod act;
 pub mod collect;
-mod crash;
 pub mod decide;
 pub mod ending;
 pub mod identity;

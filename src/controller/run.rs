@@ -26,11 +26,12 @@ use super::decide::{self, Change, Decision, Observed, Wake};
 use super::memory::{Memory, OutputObject, Send, Stage, after};
 use super::metrics::Metrics;
 use super::observe::{self, Credential};
-use super::{InputFacts, Timings, act, crash, identity, report};
+use super::{InputFacts, Timings, act, identity, report};
 use crate::api::conditions::cut;
 use crate::api::{GeminiBatchJob, Input as InputSpec, Reason};
 use crate::callback::keyring::KeyRing;
 use crate::clock::Clock;
+use crate::crash;
 use crate::gemini;
 
 /// A job in the cache; one that can't be read does not stall the others.
@@ -470,7 +471,7 @@ fn remember(ctx: &Context, change: &Change, ring: &KeyRing, uid: &str, memory: &
         | Change::DropFinalizer { .. }
         | Change::InputFile { .. }
         | Change::Waiting { .. }
-        | Change::Running
+        | Change::Running { .. }
         | Change::Refresh => {}
     }
 }
