@@ -469,21 +469,10 @@ fn control_api(shared: &Arc<Shared>, method: &Method, path: &str, body: &Bytes) 
             })
             .map_err(|e| e.to_string()),
         // only those that are named
-        ("PATCH", "switches") => {
-            let mut switches = json!(shared.lock().switches);
-            serde_json::from_slice::<serde_json::Map<String, Value>>(body)
-                .map_err(|e| e.to_string())
-                .and_then(|changes| {
-                    for (name, value) in changes {
-                        *switches.get_mut(&name).ok_or_else(|| format!("no switch {name}"))? = value;
-                    }
-                    serde_json::from_value::<Switches>(switches).map_err(|e| e.to_string())
-                })
-                .map(|switches| {
-                    shared.lock().switches = switches;
-                    json!("ok")
-                })
-        }
+        ("PATCH", "switches") => serde_json::from_slice(body)
+            .map_err(|e| e.to_string())
+            .and_then(|changes| shared.lock().switches.change(changes))
+            .map(|()| json!("ok")),
         ("POST", "faults") => serde_json::from_slice::<Fault>(body)
             .map(|fault| {
                 shared.lock().faults.push(fault);

@@ -254,7 +254,8 @@ fn parse_line(line: &str, embed: bool) -> Result<Request, String> {
         value.get("request").filter(|r| r.is_object()).ok_or("missing required field: 'request'")?;
     let known = request_fields(embed);
     if let Some(name) = request.as_object().and_then(|o| o.keys().find(|k| !known.contains(&k.as_str()))) {
-        return Err(format!("invalid JSON, near column 1: no such field: '{name}'"));
+        let column = line.find(&format!("\"{name}\"")).map_or(1, |at| at + 1);
+        return Err(format!("invalid JSON, near column {column}: no such field: '{name}'"));
     }
     let content = content_field(embed);
     if request.get(content).is_none() {

@@ -252,7 +252,8 @@ pub(crate) fn list(shared: &Shared, caller: &Caller, query: &[(String, String)])
         .filter(|f| usable(&inner.files, &f.name, &caller.project, now).is_some())
         .collect();
     all.sort_by_key(|f| std::cmp::Reverse(f.created));
-    let (page, next) = page_of(&all, page_size(query, 10, 100), inner.switches.empty_pages, query)?;
+    let size = page_size(query, 10, 100).min(inner.switches.page_limit.max(1));
+    let (page, next) = page_of(&all, size, inner.switches.empty_pages, query)?;
     let mut answer = json!({});
     if !page.is_empty() {
         answer["files"] = page.iter().map(|f| view(shared, f)).collect();

@@ -106,6 +106,18 @@ impl Default for Switches {
     }
 }
 
+impl Switches {
+    /// Changes those that are named, each to the JSON value that is given.
+    pub fn change(&mut self, changes: serde_json::Map<String, Value>) -> Result<(), String> {
+        let mut all = serde_json::to_value(&*self).map_err(|e| e.to_string())?;
+        for (name, value) in changes {
+            *all.get_mut(&name).ok_or_else(|| format!("no switch {name}"))? = value;
+        }
+        *self = serde_json::from_value(all).map_err(|e| e.to_string())?;
+        Ok(())
+    }
+}
+
 /// Operations, as the log names them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[allow(missing_docs)] // the names say it

@@ -10,7 +10,7 @@ use jsonwebtoken::{Algorithm, EncodingKey, crypto};
 use serde_json::{Value, json};
 
 use crate::registered;
-use crate::state::{Delivery, Outcome, Shared, random_id};
+use crate::state::{Delivery, Outcome, Shared};
 use crate::work::Plan;
 
 /// A delivery is given up after so long.
@@ -62,6 +62,15 @@ fn jwt(audience: &str, now: i64) -> String {
         .and_then(|key| crypto::sign(text.as_bytes(), &key, Algorithm::RS256))
         .unwrap_or_default();
     format!("{text}.{signature}")
+}
+
+/// `msg_` and a UUID.
+fn message_id() -> String {
+    let bits: u128 = rand::random();
+    // version 4, variant 1
+    let bits = bits & !(0xf << 76 | 0x3 << 62) | 0x4 << 76 | 0x2 << 62;
+    let hex = format!("{bits:032x}");
+    format!("msg_{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
 }
 
 /// Who is told, which decides how it is signed.
@@ -166,7 +175,7 @@ impl Message {
             recipient,
             uri: uri.to_owned(),
             manner,
-            id: format!("msg_{}", random_id(32)),
+            id: message_id(),
             body,
             timestamp: 0,
             signature: String::new(),

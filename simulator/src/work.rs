@@ -125,6 +125,11 @@ pub(crate) fn results(requests: &[Request], embed: bool, fail_rate: f64, unfinis
         if let (Some((field, label)), Some(fields)) = (&request.label, line.as_object_mut()) {
             fields.insert((*field).to_owned(), label.clone());
         }
+        if directive(&text, "no-key").is_some()
+            && let Some(fields) = line.as_object_mut()
+        {
+            fields.retain(|name, _| !matches!(name.as_str(), "key" | "metadata"));
+        }
         if line.get("response").is_some() {
             succeeded += 1;
         } else {

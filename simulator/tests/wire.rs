@@ -292,6 +292,48 @@ async fn a_file_job_derives_the_name_of_its_output() {
 }
 
 #[tokio::test]
+async fn lines_of_an_output_can_be_what_users_reported() {
+    let env = Env::new().await;
+    let texts = [
+        "x",
+        "[[sim:no-key]]",
+        "[[sim:missing]]",
+        "[[sim:duplicate]]",
+        "[[sim:foreign=other]]",
+        "[[sim:status]]",
+        "[[sim:error-no-message]]",
+        "[[sim:blocked]]",
+        "[[sim:max-tokens]]",
+    ];
+    let lines: String = texts.iter().enumerate().map(|(i, text)| line(&i.to_string(), text)).collect();
+    let file = env.upload(&lines).await;
+    let name =
+        env.create(json!({"displayName": "x", "inputConfig": {"fileName": file}})).await["name"].clone();
+    let output = env.ended(name.as_str().unwrap()).await["response"]["responsesFile"].clone();
+    let output = env.get(&format!("v1beta/{}:download?alt=media", output.as_str().unwrap())).await.text;
+    let output: Vec<Value> = output.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let keys: Vec<&str> = output.iter().map(|l| l["key"].as_str().unwrap_or("-")).collect();
+    assert_eq!(keys, ["0", "-", "3", "3", "other", "4", "5", "6", "7", "8"]);
+    assert!(output[6]["status"].as_str().unwrap().starts_with("Bad Request: {"));
+    assert_eq!(output[7]["error"], json!({"code": 13}));
+    assert_eq!(output[8]["response"]["promptFeedback"]["blockReason"], "SAFETY");
+    assert_eq!(output[8]["response"]["candidates"], Value::Null);
+    assert_eq!(output[9]["response"]["candidates"][0]["finishReason"], "MAX_TOKENS");
+}
+
+#[tokio::test]
+async fn a_line_that_is_refused_is_named() {
+    let env = Env::new().await;
+    let bad = r#"{"key":"b","request":{"contents":[],"thinking_config":{}}}"#;
+    let file = env.upload(&format!("{}{bad}\n{{\n", line("a", "x"))).await;
+    let body = json!({"batch": {"displayName": "x", "inputConfig": {"fileName": file}}});
+    let message = env.call("POST", CREATE, body).await.refused(400, "INVALID_ARGUMENT");
+    let (first, second) = message.split_once('\n').unwrap();
+    assert_eq!(first, "Error on line 2: invalid JSON, near column 37: no such field: 'thinking_config'");
+    assert!(second.starts_with("Error on line 3: invalid JSON, near column "), "{second}");
+}
+
+#[tokio::test]
 async fn inline_answers_carry_all_metadata_and_stay_out_of_lists() {
     let env = Env::new().await;
     let name = env.create(inline(&["one", "[[sim:error=3]]"])).await["name"].as_str().unwrap().to_owned();
@@ -723,6 +765,8 @@ async fn registered_webhooks() {
     let (headers, event) = receiver.next().await;
     assert!(name.ends_with(event["data"]["id"].as_str().unwrap()));
     assert!(header(&headers, "webhook-signature").starts_with("v1,"));
+    let id = header(&headers, "webhook-id").strip_prefix("msg_").unwrap();
+    assert_eq!(id.split('-').map(str::len).collect::<Vec<_>>(), [8, 4, 4, 4, 12], "a UUID");
 
     let rotate = json!({"revocation_behavior": "revoke_previous_secrets_after_h24"});
     let rotated = env.call("POST", &format!("{path}:rotateSigningSecret"), rotate).await.ok();
