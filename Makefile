@@ -21,6 +21,10 @@ help: ## Show this list
 demo: ## Run the main job, from kubectl apply to results, and print what it cost
 	@$(call run-demo,)
 
+.PHONY: demo-check
+demo-check: ## Check that the demo fails, and says why, when a port is taken or an example is broken
+	@$(call run-demo,,python3 hack/demo_check.py)
+
 .PHONY: up
 up: ## The same as demo, left running to play with until Ctrl-C
 	@$(call run-demo,--keep)
@@ -81,6 +85,6 @@ $(MAKE) toolchain control-plane
 echo "== building the operator and the simulator (the first time takes a few minutes)"
 $(CARGO) build --workspace --locked
 devcluster="$$(hack/devcluster/ensure.sh)"
-exec python3 hack/demo.py $(1) --devcluster "$$devcluster" --kubectl "$$(dirname "$$devcluster")/kubectl" \
+exec $(2) python3 hack/demo.py $(1) --devcluster "$$devcluster" --kubectl "$$(dirname "$$devcluster")/kubectl" \
   --operator "$(TARGET_DIR)/debug/gemini-batch-operator" --simulator "$(TARGET_DIR)/debug/gemini-simulator"
 endef

@@ -130,7 +130,7 @@ class Demo:
 
     def run_examples(self) -> None:
         for name in EXAMPLES:
-            path = ROOT / "examples" / name
+            path = self.args.examples / name
             say(f"kubectl apply -f examples/{name}")
             self.kubectl("apply", "-f", str(path))
         applied = time.monotonic()
@@ -253,6 +253,7 @@ def main() -> int:
     parser.add_argument("--operator", required=True)
     parser.add_argument("--simulator", required=True)
     parser.add_argument("--speed", type=float, default=30.0)
+    parser.add_argument("--examples", type=pathlib.Path, default=ROOT / "examples")
     parser.add_argument("--keep", action="store_true", help="leave everything running until Ctrl-C")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

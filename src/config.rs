@@ -1,10 +1,12 @@
 //! Every flag and environment variable, in one place.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use url::Url;
 
+use crate::callback::Scheme;
 use crate::telemetry::LogFormat;
 
 /// Takes Gemini batch jobs from `kubectl apply` to finished.
@@ -23,6 +25,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Print the `CustomResourceDefinition` as YAML.
     Crd,
+    /// Add a key to the ring that callback URLs are signed with.
+    RotateKeys(RotateKeysArgs),
     /// Say why a callback is accepted or refused.
     Verify(Box<crate::verify::VerifyArgs>),
 }
@@ -52,6 +56,22 @@ impl Role {
     }
 }
 
+/// Name of the key ring's Secret, unless an administrator gives another.
+const KEY_RING_SECRET: &str = "gemini-batch-operator-callback-keys";
+
+/// Flags of `rotate-keys`.
+#[derive(Args, Clone, Debug)]
+pub struct RotateKeysArgs {
+    /// Namespace of the operator: where its key ring is. Default: the namespace of the pod, or of the
+    /// kubeconfig's context.
+    #[arg(long, env = "GBO_NAMESPACE")]
+    pub namespace: Option<String>,
+
+    /// Secret that holds the key ring.
+    #[arg(long, env = "GBO_KEY_RING_SECRET", default_value = KEY_RING_SECRET)]
+    pub key_ring_secret: String,
+}
+
 /// Flags of `run`. Each has an environment variable of the same name, with the prefix `GBO_`.
 #[derive(Args, Clone, Debug)]
 pub struct RunArgs {
@@ -65,8 +85,13 @@ pub struct RunArgs {
     pub namespace: Option<String>,
 
     /// Secret in the operator's namespace that holds the keys of callback URLs. The controller creates it.
-    #[arg(long, env = "GBO_KEY_RING_SECRET", default_value = "gemini-batch-operator-callback-keys")]
+    #[arg(long, env = "GBO_KEY_RING_SECRET", default_value = KEY_RING_SECRET)]
     pub key_ring_secret: String,
+
+    /// Make a new key ring although the old one is gone and unfinished jobs were submitted with it. Their
+    /// callbacks will be refused; the sweep finds their ends.
+    #[arg(long, env = "GBO_RECREATE_KEY_RING")]
+    pub recreate_key_ring: bool,
 
     /// Identifies this cluster in the names of batches. Default: the UID of the namespace kube-system.
     #[arg(long, env = "GBO_CLUSTER_ID")]
@@ -89,6 +114,38 @@ pub struct RunArgs {
     /// Where the receiver listens for callbacks.
     #[arg(long, env = "GBO_LISTEN", default_value = "0.0.0.0:8080")]
     pub listen: SocketAddr,
+
+    /// Certificate chain (PEM) of the receiver, if it shall speak TLS itself. Read again when the file changes.
+    #[arg(long, env = "GBO_TLS_CERT_FILE", value_name = "FILE", requires = "tls_key_file")]
+    pub tls_cert_file: Option<PathBuf>,
+
+    /// Private key (PEM) of that certificate.
+    #[arg(long, env = "GBO_TLS_KEY_FILE", value_name = "FILE", requires = "tls_cert_file")]
+    pub tls_key_file: Option<PathBuf>,
+
+    /// How callbacks may be signed: v1a (Ed25519, what Gemini was seen to send), jwt (RS256, what its guide
+    /// describes).
+    #[arg(
+        long,
+        env = "GBO_CALLBACK_SCHEMES",
+        value_delimiter = ',',
+        default_value = "v1a,jwt",
+        value_parser = callback_scheme
+    )]
+    pub callback_schemes: Vec<Scheme>,
+
+    /// Audience that a JWT must be for; may be repeated. Default: the callback URL itself.
+    #[arg(long, env = "GBO_CALLBACK_AUDIENCE", value_delimiter = ',')]
+    pub callback_audience: Vec<String>,
+
+    /// How old a callback may be, in seconds. Gemini retries for 24 hours and may not refresh the timestamp; a
+    /// replay only makes the operator look.
+    #[arg(long, env = "GBO_CALLBACK_MAX_AGE_SECONDS", default_value_t = 93_600)]
+    pub callback_max_age_seconds: u32,
+
+    /// How far a callback's timestamp may be ahead of our clock, in seconds.
+    #[arg(long, env = "GBO_CALLBACK_MAX_SKEW_SECONDS", default_value_t = 300)]
+    pub callback_max_skew_seconds: u32,
 
     /// Where /healthz, /readyz and /metrics are served.
     #[arg(long, env = "GBO_ADMIN_LISTEN", default_value = "0.0.0.0:8081")]
@@ -137,6 +194,14 @@ pub struct RunArgs {
     /// For tests: how many times faster.
     #[arg(long, env = "GBO_CLOCK_FACTOR", hide = true, default_value_t = 1.0)]
     pub clock_factor: f64,
+}
+
+fn callback_scheme(text: &str) -> Result<Scheme, String> {
+    match text.parse()? {
+        // Its secret belongs to a webhook of the whole project; a batch's own webhook has none.
+        Scheme::V1 => Err("v1 is for webhooks that are set up per project: expected v1a or jwt".to_owned()),
+        scheme => Ok(scheme),
+    }
 }
 
 /// A combination of flags that can't work.

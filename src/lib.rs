@@ -9,6 +9,7 @@ pub mod callback;
 pub mod clock;
 pub mod config;
 pub mod controller;
+mod crash;
 pub mod gemini;
 pub mod process;
 pub mod receiver;

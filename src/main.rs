@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use gemini_batch_operator::config::{Cli, Command};
+use gemini_batch_operator::config::{Cli, Command, RotateKeysArgs, RunArgs};
 use gemini_batch_operator::{api, process, telemetry, verify};
 
 fn main() -> ExitCode {
@@ -13,6 +13,7 @@ fn main() -> ExitCode {
         Command::Crd => print_crd(),
         Command::Verify(args) => return verify::run(&args),
         Command::Run(args) => run(&args),
+        Command::RotateKeys(args) => rotate_keys(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -29,9 +30,18 @@ fn print_crd() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn run(args: &gemini_batch_operator::config::RunArgs) -> anyhow::Result<()> {
+fn run(args: &RunArgs) -> anyhow::Result<()> {
     args.check()?;
     telemetry::init(&args.log_level, args.log_format)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(process::run(args))
+    runtime()?.block_on(process::run(args))
+}
+
+fn rotate_keys(args: &RotateKeysArgs) -> anyhow::Result<()> {
+    let done = runtime()?.block_on(process::rotate_keys(args))?;
+    writeln!(std::io::stdout(), "{done}")?;
+    Ok(())
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()
 }

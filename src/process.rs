@@ -16,12 +16,16 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use url::Url;
 
 use crate::admin::{self, Admin};
+use crate::callback::keyring;
 use crate::clock::Clock;
-use crate::config::RunArgs;
+use crate::config::{RotateKeysArgs, RunArgs};
+use crate::controller::metrics::Metrics;
 use crate::controller::{Timings, ring, run as controller};
 use crate::gemini;
+use crate::receiver::tls::Tls;
 use crate::receiver::{self, Receiver, Upstreams};
 
 /// Runs the parts that the role asks for until SIGTERM or SIGINT.
@@ -29,10 +33,7 @@ pub async fn run(args: &RunArgs) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let kube_config = kube::Config::infer()
-        .await
-        .context("no Kubernetes to talk to: run in a cluster, or set KUBECONFIG")?;
-    let mut parts = start(args, kube_config, Timings::default(), &stop).await?;
+    let mut parts = start(args, kube_config().await?, Timings::default(), &stop).await?;
 
     let ended = tokio::select! {
         _ = terminate.recv() => None,
@@ -70,20 +71,25 @@ pub async fn start(
     let Some(external_url) = args.external_url.clone() else {
         bail!(crate::config::ConfigError::NoExternalUrl)
     };
-    let mut registry = Registry::default();
+    let mut registry = Registry::with_prefix("gemini_batch");
     let mut ready: Vec<admin::ReadyCheck> = Vec::new();
     let mut parts: JoinSet<anyhow::Result<()>> = JoinSet::new();
 
     if args.role.has_controller() {
         let client = Client::try_from(kube_config.clone())?;
-        let ring =
-            ring::ensure(&client, &namespace, &args.key_ring_secret, args.cluster_id.as_deref(), clock.now())
-                .await?;
+        let place = ring::Place {
+            namespace: namespace.clone(),
+            secret: args.key_ring_secret.clone(),
+            cluster_id: args.cluster_id.clone(),
+            watch_namespace: args.watch_namespace.clone(),
+            recreate: args.recreate_key_ring,
+        };
+        let key_ring = ring::ensure(&client, &place, clock.now()).await?;
         let reporter = Reporter { controller: "gemini-batch-operator".to_owned(), instance: None };
         let ctx = Arc::new(controller::Context::new(
             client.clone(),
             gemini_client(args)?,
-            ring,
+            key_ring,
             Some(external_url.clone()),
             clock,
             Timings { sweep: SignedDuration::from_secs(i64::from(args.sweep_seconds)), ..timings },
@@ -91,12 +97,11 @@ pub async fn start(
             args.concurrency,
             Recorder::new(client, reporter),
             args.watch_namespace.clone(),
+            Metrics::register(&mut registry),
         ));
-        let (namespace, secret) = (namespace.clone(), args.key_ring_secret.clone());
         let stop = stop.clone();
         parts.spawn(async move {
-            let keep = ring::keep_current(Arc::clone(&ctx), namespace, secret, stop.clone());
-            tokio::join!(keep, controller::run(Arc::clone(&ctx), stop.clone()));
+            controller::run(ctx, place, stop).await;
             Ok(())
         });
     }
@@ -109,7 +114,7 @@ pub async fn start(
             ring_name: args.key_ring_secret.clone(),
         };
         let receiver = Arc::new(Receiver::in_cluster(
-            receiver::Config::new(external_url),
+            receiver_config(args, external_url)?,
             upstreams,
             kube_config,
             Arc::new(move || clock.now()),
@@ -134,6 +139,42 @@ pub async fn start(
     let stop = stop.clone();
     parts.spawn(async move { Ok(admin::serve(listener, Admin { ready, registry }, stop).await?) });
     Ok(parts)
+}
+
+fn receiver_config(args: &RunArgs, external_url: Url) -> anyhow::Result<receiver::Config> {
+    let seconds = |n: u32| SignedDuration::from_secs(i64::from(n));
+    let tls = match (&args.tls_cert_file, &args.tls_key_file) {
+        (Some(certificate), Some(key)) => Some(Tls::load(certificate.clone(), key.clone())?),
+        _ => None, // clap wants both or none
+    };
+    Ok(receiver::Config {
+        schemes: args.callback_schemes.clone(),
+        audience: (!args.callback_audience.is_empty()).then(|| args.callback_audience.clone()),
+        past: seconds(args.callback_max_age_seconds),
+        future: seconds(args.callback_max_skew_seconds),
+        tls: tls.map(Arc::new),
+        ..receiver::Config::new(external_url)
+    })
+}
+
+/// Adds a key to the ring.
+pub async fn rotate_keys(args: &RotateKeysArgs) -> anyhow::Result<String> {
+    let config = kube_config().await?;
+    let namespace = args.namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
+    let client = Client::try_from(config)?;
+    let now = Clock::system().now();
+    let id = ring::rotate(&client, &namespace, &args.key_ring_secret, now).await?;
+    Ok(format!(
+        "added key {id} to Secret {} of namespace {namespace}. It verifies as soon as a receiver has read it, and signs \
+         new callback URLs in {} minutes. Older keys go on verifying until {} hours after the last job that used them",
+        args.key_ring_secret,
+        keyring::PROPAGATION.as_mins(),
+        keyring::AFTERLIFE.as_hours(),
+    ))
+}
+
+async fn kube_config() -> anyhow::Result<kube::Config> {
+    kube::Config::infer().await.context("no Kubernetes to talk to: run in a cluster, or set KUBECONFIG")
 }
 
 fn gemini_client(args: &RunArgs) -> anyhow::Result<gemini::Client> {

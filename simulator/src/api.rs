@@ -237,7 +237,7 @@ fn dispatch(
         }
         Op::Jwks => {
             let inner = shared.lock();
-            let jwks = inner.signing.jwks(inner.switches.jwt_signatures);
+            let jwks = inner.signing.jwks(inner.switches.hooks.iter().any(|h| h == "jwt"));
             return Ok(Answer::json(jwks).header("cache-control", "public, max-age=300"));
         }
         Op::Unknown => return Err(ApiError::new(404, "NOT_FOUND", "Method not found.")),

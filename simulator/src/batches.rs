@@ -510,9 +510,6 @@ async fn run(shared: Arc<Shared>, name: String, plan: Plan) {
 }
 
 async fn work_on(shared: &Arc<Shared>, name: &str, plan: &Plan) {
-    if plan.hook("early") {
-        webhooks::announce(shared, name, plan.outcome.unwrap_or(Outcome::Succeeded), plan);
-    }
     let real = |d: Duration| shared.pace().real(d);
     if plan.stall {
         return std::future::pending().await;
@@ -531,10 +528,11 @@ async fn work_on(shared: &Arc<Shared>, name: &str, plan: &Plan) {
         tokio::time::sleep(real(Duration::from_secs(10))).await;
     }
     let now = shared.now();
-    if let Some(batch) = shared.lock().unfinished(name) {
-        batch.state = State::Running;
-        batch.updated = now;
+    match shared.lock().unfinished(name) {
+        Some(batch) => (batch.state, batch.updated) = (State::Running, now),
+        None => return,
     }
+    webhooks::announce_early(shared, name, plan);
     tokio::time::sleep(real(running)).await;
     shared.finish(name, plan.outcome.unwrap_or(Outcome::Succeeded));
 }
@@ -559,8 +557,6 @@ impl Shared {
         batch.ended = Some(now);
         batch.readable_from = Some(self.in_seconds(plan.output_lag_seconds.unwrap_or(lag)));
         drop(inner);
-        if !plan.hook("early") {
-            webhooks::announce(self, name, outcome, &plan);
-        }
+        webhooks::announce(self, name, outcome, &plan);
     }
 }

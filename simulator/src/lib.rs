@@ -105,6 +105,12 @@ impl Simulator {
         self.address
     }
 
+    /// The time on the wire.
+    #[must_use]
+    pub fn now(&self) -> jiff::Timestamp {
+        self.shared.now()
+    }
+
     /// Every request it received, in order.
     #[must_use]
     pub fn log(&self) -> Vec<LogEntry> {
@@ -153,6 +159,11 @@ impl Simulator {
     /// Sends a signed event for a batch to a URI of the caller's choice, once.
     pub async fn deliver(&self, batch: &str, uri: &str, event: &str) -> Option<u16> {
         webhooks::deliver_once(&self.shared, batch, uri, event).await
+    }
+
+    /// Sends any body to a URI, signed as Google would, under an id of the caller's choice, once.
+    pub async fn post_signed(&self, uri: &str, id: &str, body: &str) -> Option<u16> {
+        webhooks::post_signed(&self.shared, uri, id, body).await
     }
 
     /// Rolls the signing keys: the oldest goes, a new one comes and signs from now on.

@@ -127,10 +127,14 @@ impl WebhookRec {
     }
 }
 
-fn find<'a>(inner: &'a mut Inner, caller: &Caller, name: &str) -> Result<&'a mut WebhookRec, ApiError> {
+pub(crate) fn find<'a>(inner: &'a Inner, id: &str) -> Option<&'a WebhookRec> {
+    inner.webhooks.iter().find(|w| w.id == id)
+}
+
+fn own<'a>(inner: &'a mut Inner, caller: &Caller, name: &str) -> Result<&'a mut WebhookRec, ApiError> {
     let id = name.trim_start_matches("webhooks/");
-    let own = inner.webhooks.iter_mut().find(|w| w.id == id && w.project == caller.project);
-    own.ok_or_else(ApiError::no_entity)
+    let found = inner.webhooks.iter_mut().find(|w| w.id == id && w.project == caller.project);
+    found.ok_or_else(ApiError::no_entity)
 }
 
 /// Ids of the webhooks that want to know of an event of a project, each with its URI.
@@ -179,13 +183,13 @@ pub(crate) fn list(shared: &Shared, caller: &Caller, query: &[(String, String)])
 }
 
 pub(crate) fn get(shared: &Shared, caller: &Caller, name: &str) -> Result<Answer, ApiError> {
-    Ok(Answer::json(find(&mut shared.lock(), caller, name)?.view(shared.now())))
+    Ok(Answer::json(own(&mut shared.lock(), caller, name)?.view(shared.now())))
 }
 
 /// Whatever the body gives is changed: the mask was ignored by the live service.
 pub(crate) fn update(shared: &Shared, caller: &Caller, name: &str, body: &Value) -> Result<Answer, ApiError> {
     let (mut inner, now) = (shared.lock(), shared.now());
-    let webhook = find(&mut inner, caller, name)?;
+    let webhook = own(&mut inner, caller, name)?;
     webhook.change(body, &["name", "uri", "subscribed_events", "state"])?;
     webhook.updated = now;
     Ok(Answer::json(webhook.view(now)))
@@ -193,13 +197,13 @@ pub(crate) fn update(shared: &Shared, caller: &Caller, name: &str, body: &Value)
 
 pub(crate) fn delete(shared: &Shared, caller: &Caller, name: &str) -> Result<Answer, ApiError> {
     let mut inner = shared.lock();
-    let id = find(&mut inner, caller, name)?.id.clone();
+    let id = own(&mut inner, caller, name)?.id.clone();
     inner.webhooks.retain(|w| w.id != id);
     Ok(Answer::json(json!({})))
 }
 
 pub(crate) fn ping(shared: &Arc<Shared>, caller: &Caller, name: &str) -> Result<Answer, ApiError> {
-    let webhook = find(&mut shared.lock(), caller, name)?.clone();
+    let webhook = own(&mut shared.lock(), caller, name)?.clone();
     webhooks::ping(shared, webhook.id, webhook.uri);
     Ok(Answer::json(json!({})))
 }
@@ -207,7 +211,7 @@ pub(crate) fn ping(shared: &Arc<Shared>, caller: &Caller, name: &str) -> Result<
 pub(crate) fn rotate(shared: &Shared, caller: &Caller, name: &str, body: &Value) -> Result<Answer, ApiError> {
     only(body, &["revocation_behavior"], "")?;
     let (mut inner, now) = (shared.lock(), shared.now());
-    let webhook = find(&mut inner, caller, name)?;
+    let webhook = own(&mut inner, caller, name)?;
     let day = SignedDuration::from_hours(24);
     match body["revocation_behavior"].as_str() {
         None | Some("revoke_previous_secrets_after_h24") => {

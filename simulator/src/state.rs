@@ -15,7 +15,7 @@ use crate::Config;
 use crate::clock::Pace;
 use crate::error::ApiError;
 use crate::registered::WebhookRec;
-use crate::webhooks::Signing;
+use crate::webhooks::{Held, Signing};
 
 /// What the contract leaves open, and what can be made to go wrong for all.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -38,8 +38,8 @@ pub struct Switches {
     pub frozen_timestamps: bool,
     /// Events are lost.
     pub lose_events: bool,
-    /// Batches sign with a JWT, as Google's guide says; otherwise as was seen, with Ed25519.
-    pub jwt_signatures: bool,
+    /// What goes wrong with all deliveries: `duplicate`, `late=30`, …; the list is in `webhooks`.
+    pub hooks: Vec<String>,
     /// Cancelling a batch that has ended is refused.
     pub cancel_ended_refused: bool,
     /// Result files can't be deleted.
@@ -85,7 +85,7 @@ impl Default for Switches {
             embed_events: true,
             frozen_timestamps: false,
             lose_events: false,
-            jwt_signatures: false,
+            hooks: Vec::new(),
             cancel_ended_refused: false,
             delete_output_refused: true,
             cancel_race: false,
@@ -385,6 +385,8 @@ pub(crate) struct Inner {
     pub(crate) signing: Signing,
     /// Registered webhooks, in order of creation.
     pub(crate) webhooks: Vec<WebhookRec>,
+    /// A delivery that waits for another one to overtake it.
+    pub(crate) held: Option<Held>,
 }
 
 /// What all tasks share.
@@ -421,6 +423,7 @@ impl Shared {
             deliveries: Vec::new(),
             signing: Signing::new(),
             webhooks: Vec::new(),
+            held: None,
         };
         Self { config, base_url, http, stop, inner: Mutex::new(inner) }
     }

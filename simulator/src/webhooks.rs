@@ -1,67 +1,252 @@
-//! Signed deliveries of webhooks, with retries; and the keys they are signed with.
+//! Signed deliveries of webhooks, with retries and faults; and the keys they are signed with.
+//!
+//! Faults are asked for by a directive in a prompt (`[[sim:hook=duplicate]]`), for one batch, or by
+//! [`Switches::hooks`](crate::Switches), for all:
+//!
+//! | fault | what happens |
+//! | --- | --- |
+//! | `lost` | nothing is ever delivered |
+//! | `duplicate` | two deliveries of one event, with ids of their own |
+//! | `late=SECONDS` | the first delivery comes so many simulated seconds late |
+//! | `early` | it comes when the batch begins to run, and not again at its end |
+//! | `reordered` | it comes after the next event of another batch |
+//! | `forged` | before it comes one that says `batch.failed`, signed with a key of somebody else |
+//! | `old=SECONDS` | its timestamp, and those of its retries, lie so far back |
+//! | `frozen` | retries bear the timestamp and the signature of the first delivery |
+//! | `two-signatures` | it bears a signature of a key that was rolled away beside the good one |
+//! | `jwt` | it bears an RS256 JWT instead of a `v1a` signature, as Google's guide describes |
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use aws_lc_rs::encoding::AsDer as _;
+use aws_lc_rs::rand::SystemRandom;
+use aws_lc_rs::rsa::{KeyPair, KeySize};
+use aws_lc_rs::signature::{KeyPair as _, RSA_PKCS1_SHA256};
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use ed25519_dalek::{Signer as _, SigningKey};
-use jsonwebtoken::{Algorithm, EncodingKey, crypto};
 use serde_json::{Value, json};
 
-use crate::registered;
-use crate::state::{Delivery, Outcome, Shared};
+use crate::registered::{self, WebhookRec};
+use crate::state::{Delivery, Outcome, Shared, State, hash};
 use crate::work::Plan;
 
-/// A delivery is given up after so long.
-const LONGEST_TRY: Duration = Duration::from_hours(24);
-/// The key of JWTs. It protects nothing, and making one takes seconds without optimisation.
-const RSA_PEM: &[u8] = include_bytes!("rsa2048.pem");
-const RSA_N: &str = include_str!("rsa2048.n");
-const RSA_KID: &str = "simulated-rsa";
+/// A delivery that found nobody to overtake it is made after so many simulated seconds all the same.
+const HELD_SECONDS: f64 = 600.0;
+/// How long a JWT is valid.
+const JWT_SECONDS: i64 = 3600;
 
-/// Three Ed25519 keys without `kid`, of which the last signs.
+/// Three Ed25519 keys without `kid`, of which the last signs; and an RSA key, made when it is first needed.
 pub(crate) struct Signing {
     keys: Vec<SigningKey>,
+    rolled_away: SigningKey,
+    rsa: OnceLock<Option<KeyPair>>,
+}
+
+fn new_key() -> SigningKey {
+    SigningKey::from_bytes(&rand::random())
 }
 
 impl Signing {
     pub(crate) fn new() -> Self {
-        Self { keys: (0..3).map(|_| SigningKey::from_bytes(&rand::random())).collect() }
+        Self { keys: (0..3).map(|_| new_key()).collect(), rolled_away: new_key(), rsa: OnceLock::new() }
     }
 
     pub(crate) fn roll(&mut self) {
-        self.keys.remove(0);
-        self.keys.push(SigningKey::from_bytes(&rand::random()));
+        self.rolled_away = self.keys.remove(0);
+        self.keys.push(new_key());
+        self.rsa = OnceLock::new();
     }
 
-    /// What `/.well-known/jwks.json` says; with the key of JWTs only while they are in use.
-    pub(crate) fn jwks(&self, jwt: bool) -> Value {
+    /// The public keys; the RSA key among them once something was signed with it, or should be.
+    pub(crate) fn jwks(&self, with_rsa: bool) -> Value {
         let key = |k: &SigningKey| json!({"kty": "OKP", "crv": "Ed25519", "x": URL_SAFE_NO_PAD.encode(k.verifying_key().as_bytes())});
-        let rsa = json!({"kty": "RSA", "alg": "RS256", "use": "sig", "kid": RSA_KID, "n": RSA_N.trim(), "e": "AQAB"});
-        json!({"keys": self.keys.iter().map(key).chain(jwt.then_some(rsa)).collect::<Vec<_>>()})
+        let mut keys: Vec<Value> = self.keys.iter().map(key).collect();
+        if with_rsa || self.rsa.get().is_some() {
+            keys.extend(self.rsa().map(|rsa| {
+                let public = rsa.public_key();
+                let number = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
+                json!({"kty": "RSA", "alg": "RS256", "use": "sig", "kid": kid(rsa),
+                    "n": number(public.modulus().big_endian_without_leading_zero()),
+                    "e": number(public.exponent().big_endian_without_leading_zero())})
+            }));
+        }
+        json!({ "keys": keys })
     }
 
-    fn sign(&self, text: &str) -> String {
-        self.keys.last().map(|key| v1a(key, text)).unwrap_or_default()
+    fn rsa(&self) -> Option<&KeyPair> {
+        self.rsa.get_or_init(|| KeyPair::generate(KeySize::Rsa2048).ok()).as_ref()
+    }
+
+    fn v1a(key: &SigningKey, id: &str, timestamp: i64, body: &str) -> String {
+        let signature = key.sign(format!("{id}.{timestamp}.{body}").as_bytes());
+        format!("v1a,{}", STANDARD.encode(signature.to_bytes()))
+    }
+
+    fn jwt(&self, audience: &str, now: i64) -> Option<String> {
+        let rsa = self.rsa()?;
+        let part = |value: Value| URL_SAFE_NO_PAD.encode(value.to_string());
+        let header = part(json!({"alg": "RS256", "typ": "JWT", "kid": kid(rsa)}));
+        let claims = part(
+            json!({"iss": "https://generativelanguage.googleapis.com", "aud": audience, "iat": now, "exp": now + JWT_SECONDS}),
+        );
+        let text = format!("{header}.{claims}");
+        let mut signature = vec![0; rsa.public_modulus_len()];
+        rsa.sign(&RSA_PKCS1_SHA256, &SystemRandom::new(), text.as_bytes(), &mut signature).ok()?;
+        Some(format!("{text}.{}", URL_SAFE_NO_PAD.encode(signature)))
+    }
+
+    /// The header for a message.
+    fn sign(&self, faults: &Faults, message: &Message, uri: &str) -> String {
+        let Message { id, body, timestamp, .. } = message;
+        if faults.has("jwt") {
+            return self.jwt(uri, *timestamp).unwrap_or_default();
+        }
+        let Some(key) = self.keys.last() else { return String::new() };
+        let good = Self::v1a(key, id, *timestamp, body);
+        if faults.has("two-signatures") {
+            return format!("{} {good}", Self::v1a(&self.rolled_away, id, *timestamp, body));
+        }
+        good
     }
 }
 
-fn v1a(key: &SigningKey, text: &str) -> String {
-    format!("v1a,{}", STANDARD.encode(key.sign(text.as_bytes()).to_bytes()))
-}
-
-/// As Google's guide has it: for an audience, and for nothing in the delivery.
-fn jwt(audience: &str, now: i64) -> String {
-    let part = |v: &Value| URL_SAFE_NO_PAD.encode(v.to_string());
-    let header = json!({"alg": "RS256", "typ": "JWT", "kid": RSA_KID});
-    let claims = json!({"iss": "https://generativelanguage.googleapis.com", "aud": audience,
-        "iat": now, "exp": now + 3600});
-    let text = format!("{}.{}", part(&header), part(&claims));
-    let signature = EncodingKey::from_rsa_pem(RSA_PEM)
-        .and_then(|key| crypto::sign(text.as_bytes(), &key, Algorithm::RS256))
+fn kid(rsa: &KeyPair) -> String {
+    let der: Vec<u8> = rsa
+        .public_key()
+        .as_der()
+        .map(|der| {
+            let der: aws_lc_rs::encoding::PublicKeyX509Der<'_> = der;
+            der.as_ref().to_vec()
+        })
         .unwrap_or_default();
-    format!("{text}.{signature}")
+    hash(&der)[..16].to_owned()
+}
+
+/// What shall go wrong with a delivery.
+#[derive(Clone, Debug, Default)]
+struct Faults(Vec<String>);
+
+impl Faults {
+    fn has(&self, wanted: &str) -> bool {
+        self.0.iter().any(|f| f.split('=').next() == Some(wanted))
+    }
+
+    fn number(&self, wanted: &str) -> Option<f64> {
+        self.0.iter().find_map(|f| f.strip_prefix(wanted)?.strip_prefix('=')?.parse().ok())
+    }
+}
+
+/// A delivery, which may wait for another one to overtake it.
+#[derive(Clone, Debug)]
+pub(crate) struct Held {
+    id: u64,
+    name: String,
+    uri: String,
+    /// The registered webhook that it is for, by id; `None`: the batch itself named the URI.
+    webhook: Option<String>,
+    event: &'static str,
+    faults: Faults,
+}
+
+/// Tells everyone who asked to be told of the end of a batch.
+pub(crate) fn announce(shared: &Arc<Shared>, name: &str, outcome: Outcome, plan: &Plan) {
+    tell(shared, name, outcome, plan, false);
+}
+
+/// The same before the end, for those who asked for `early`.
+pub(crate) fn announce_early(shared: &Arc<Shared>, name: &str, plan: &Plan) {
+    tell(shared, name, plan.outcome.unwrap_or(Outcome::Succeeded), plan, true);
+}
+
+fn tell(shared: &Arc<Shared>, name: &str, outcome: Outcome, plan: &Plan, early: bool) {
+    let mut inner = shared.lock();
+    let switches = inner.switches.clone();
+    let Some(batch) = inner.batch(name) else { return };
+    let event = match outcome {
+        Outcome::Succeeded => "batch.succeeded",
+        Outcome::Failed => "batch.failed",
+        Outcome::Expired => "batch.expired",
+        Outcome::Cancelled if switches.cancel_event => "batch.cancelled",
+        Outcome::Cancelled => return,
+    };
+    let mut faults = Faults(plan.hook.iter().chain(&switches.hooks).cloned().collect());
+    let lost = plan.no_event || switches.lose_events || faults.has("lost");
+    if lost || (batch.embed && !switches.embed_events) || faults.has("early") != early {
+        return;
+    }
+    if switches.frozen_timestamps {
+        faults.0.push("frozen".to_owned());
+    }
+    let mut recipients: Vec<_> = batch.uris.iter().map(|uri| (None, uri.clone())).collect();
+    if recipients.is_empty() {
+        let project = batch.project.clone();
+        let found = registered::subscribed(&inner, &project, event);
+        recipients.extend(found.into_iter().map(|(id, uri)| (Some(id), uri)));
+    }
+    for (webhook, uri) in recipients {
+        let (name, faults) = (name.to_owned(), faults.clone());
+        let held = Held { id: rand::random(), name, uri, webhook, event, faults: faults.clone() };
+        for _ in 0..if faults.has("duplicate") { 2 } else { 1 } {
+            let overtaken =
+                if faults.has("reordered") { inner.held.replace(held.clone()) } else { inner.held.take() };
+            let now = if faults.has("reordered") { None } else { Some(held.clone()) };
+            let shared = Arc::clone(shared);
+            let waiting = held.id;
+            tokio::spawn(async move {
+                for delivery in now.into_iter().chain(overtaken) {
+                    deliver(&shared, &delivery).await;
+                }
+                release(&shared, waiting).await;
+            });
+        }
+    }
+}
+
+/// Nobody overtook it: it is delivered late.
+async fn release(shared: &Arc<Shared>, id: u64) {
+    tokio::time::sleep(shared.pace().seconds(HELD_SECONDS)).await;
+    let held = {
+        let mut inner = shared.lock();
+        if inner.held.as_ref().is_some_and(|h| h.id == id) { inner.held.take() } else { None }
+    };
+    if let Some(held) = held {
+        deliver(shared, &held).await;
+    }
+}
+
+struct Message {
+    id: String,
+    body: String,
+    timestamp: i64,
+    signature: String,
+}
+
+fn message(shared: &Shared, name: &str, event: &str) -> Option<Message> {
+    let now = shared.now();
+    let mut inner = shared.lock();
+    let prefix = inner.switches.event_id_with_prefix;
+    let batch = inner.batch(name)?;
+    let id = if prefix { format!("batches/{}", batch.id) } else { batch.id.clone() };
+    let mut data = json!({"id": id});
+    match batch.state {
+        State::Ended(Outcome::Succeeded) if batch.file.is_some() => {
+            data["output_file_uri"] = json!(format!("gs://simulated-output/batch-{}.jsonl", batch.id));
+        }
+        State::Ended(Outcome::Failed) => {
+            data["error_code"] = json!(13);
+            data["error_message"] = json!("Batch failed without error.");
+        }
+        _ => {}
+    }
+    let time = batch.ended.unwrap_or(now).to_string();
+    let mut body = json!({"type": event, "version": "v1", "timestamp": time, "data": data});
+    if let Some(metadata) = &batch.user_metadata {
+        body["user_metadata"] = metadata.clone();
+    }
+    let (id, body) = (message_id(), body.to_string());
+    Some(Message { id, body, timestamp: now.as_second(), signature: String::new() })
 }
 
 /// `msg_` and a UUID.
@@ -73,64 +258,15 @@ fn message_id() -> String {
     format!("msg_{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
 }
 
-/// Who is told, which decides how it is signed.
-#[derive(Clone, Debug)]
-enum Recipient {
-    /// Named by the batch.
-    Dynamic,
-    /// A registered webhook, by id.
-    Registered(String),
-}
-
-/// What directives of a batch make of its deliveries.
-#[derive(Clone, Copy, Debug, Default)]
-struct Manner {
-    /// Repeated as it was at first.
-    frozen: bool,
-    /// Signed with a key that is nobody's.
-    forged: bool,
-    /// Stamped so many seconds before its time.
-    old: i64,
-}
-
-/// Tells everyone who asked to be told of the end of a batch.
-pub(crate) fn announce(shared: &Arc<Shared>, name: &str, outcome: Outcome, plan: &Plan) {
-    let mut inner = shared.lock();
-    let switches = inner.switches.clone();
-    let Some(batch) = inner.batch(name) else { return };
-    let event = match outcome {
-        Outcome::Succeeded => "batch.succeeded",
-        Outcome::Failed => "batch.failed",
-        Outcome::Expired => "batch.expired",
-        Outcome::Cancelled if switches.cancel_event => "batch.cancelled",
-        Outcome::Cancelled => return,
-    };
-    if plan.no_event || plan.hook("lost") || switches.lose_events || (batch.embed && !switches.embed_events) {
-        return;
-    }
-    let mut recipients: Vec<_> = batch.uris.iter().map(|uri| (Recipient::Dynamic, uri.clone())).collect();
-    if recipients.is_empty() {
-        let project = batch.project.clone();
-        let found = registered::subscribed(&inner, &project, event);
-        recipients.extend(found.into_iter().map(|(id, uri)| (Recipient::Registered(id), uri)));
-    }
-    drop(inner);
-    let late: f64 = plan.hook_value("late").unwrap_or(0.0);
-    let manner = Manner {
-        frozen: switches.frozen_timestamps || plan.hook("frozen"),
-        forged: plan.hook("forged"),
-        old: plan.hook_value("old").unwrap_or(0),
-    };
-    for (recipient, uri) in recipients {
-        for _ in 0..if plan.hook("duplicate") { 2 } else { 1 } {
-            let (shared, name, uri, recipient) =
-                (Arc::clone(shared), name.to_owned(), uri.clone(), recipient.clone());
-            tokio::spawn(async move {
-                tokio::time::sleep(shared.pace().seconds(late)).await;
-                if let Some(message) = Message::of_batch(&shared, &name, recipient, &uri, event, manner) {
-                    deliver(&shared, message).await;
-                }
-            });
+/// A registered webhook signs with its own secrets, Google for all others.
+fn sign(shared: &Shared, delivery: &Held, message: &Message) -> String {
+    let now = shared.now();
+    let inner = shared.lock();
+    match &delivery.webhook {
+        None => inner.signing.sign(&delivery.faults, message, &delivery.uri),
+        Some(id) => {
+            let text = format!("{}.{}.{}", message.id, message.timestamp, message.body);
+            registered::find(&inner, id).map(|w| w.sign(&text, now)).unwrap_or_default()
         }
     }
 }
@@ -139,121 +275,47 @@ pub(crate) fn announce(shared: &Arc<Shared>, name: &str, outcome: Outcome, plan:
 pub(crate) fn ping(shared: &Arc<Shared>, id: String, uri: String) {
     let shared = Arc::clone(shared);
     tokio::spawn(async move {
-        let time = shared.now().to_string();
-        let body = json!({"type": "ping", "version": "v1", "timestamp": time, "data": {}}).to_string();
-        let message =
-            Message::new(&shared, "", Recipient::Registered(id), &uri, "ping", body, Manner::default());
-        post(&shared, &message, 1).await;
+        let now = shared.now();
+        let body = json!({"type": "ping", "version": "v1", "timestamp": now.to_string(), "data": {}});
+        let mut message = Message {
+            id: message_id(),
+            body: body.to_string(),
+            timestamp: now.as_second(),
+            signature: String::new(),
+        };
+        let (name, webhook, faults) = (String::new(), Some(id), Faults::default());
+        let delivery = Held { id: 0, name, uri, webhook, event: "ping", faults };
+        message.signature = sign(&shared, &delivery, &message);
+        post(&shared, "", &delivery.uri, delivery.event, &message, 1).await;
     });
 }
 
-struct Message {
-    batch: String,
-    event: String,
-    recipient: Recipient,
-    uri: String,
-    manner: Manner,
-    id: String,
-    body: String,
-    timestamp: i64,
-    signature: String,
-}
-
-impl Message {
-    fn new(
-        shared: &Shared,
-        batch: &str,
-        recipient: Recipient,
-        uri: &str,
-        event: &str,
-        body: String,
-        manner: Manner,
-    ) -> Self {
-        let mut message = Self {
-            batch: batch.to_owned(),
-            event: event.to_owned(),
-            recipient,
-            uri: uri.to_owned(),
-            manner,
-            id: message_id(),
-            body,
-            timestamp: 0,
-            signature: String::new(),
-        };
-        message.stamp(shared);
-        message
+/// At least once: retried for 24 hours, 10 s × 2 up to an hour, with the same id. A registered webhook that
+/// takes nothing all that time is disabled.
+async fn deliver(shared: &Arc<Shared>, delivery: &Held) {
+    let Held { name, uri, webhook, event, faults, .. } = delivery;
+    if let Some(late) = faults.number("late") {
+        tokio::time::sleep(shared.pace().seconds(late)).await;
     }
-
-    fn of_batch(
-        shared: &Shared,
-        name: &str,
-        recipient: Recipient,
-        uri: &str,
-        event: &str,
-        manner: Manner,
-    ) -> Option<Self> {
-        let now = shared.now();
-        let mut inner = shared.lock();
-        let prefix = inner.switches.event_id_with_prefix;
-        let batch = inner.batch(name)?;
-        let id = if prefix { format!("batches/{}", batch.id) } else { batch.id.clone() };
-        let mut data = json!({"id": id});
-        match event {
-            "batch.succeeded" if batch.file.is_some() => {
-                data["output_file_uri"] = json!(format!("gs://simulated-output/batch-{}.jsonl", batch.id));
-            }
-            "batch.failed" => {
-                data["error_code"] = json!(13);
-                data["error_message"] = json!("Batch failed without error.");
-            }
-            _ => {}
-        }
-        let time = batch.ended.unwrap_or(now).to_string();
-        let mut body = json!({"type": event, "version": "v1", "timestamp": time, "data": data});
-        if let Some(metadata) = &batch.user_metadata {
-            body["user_metadata"] = metadata.clone();
-        }
-        drop(inner);
-        Some(Self::new(shared, name, recipient, uri, event, body.to_string(), manner))
+    if faults.has("forged") {
+        forge(shared, name, uri).await;
     }
-
-    /// The time of now, and a signature of it.
-    fn stamp(&mut self, shared: &Shared) {
-        let now = shared.now();
-        self.timestamp = now.as_second().saturating_sub(self.manner.old);
-        let text = format!("{}.{}.{}", self.id, self.timestamp, self.body);
-        let inner = shared.lock();
-        self.signature = match &self.recipient {
-            Recipient::Dynamic if self.manner.forged => v1a(&SigningKey::from_bytes(&rand::random()), &text),
-            Recipient::Dynamic if inner.switches.jwt_signatures => jwt(&self.uri, self.timestamp),
-            Recipient::Dynamic => inner.signing.sign(&text),
-            Recipient::Registered(id) => {
-                let webhook = inner.webhooks.iter().find(|w| w.id == *id);
-                webhook.map(|w| w.sign(&text, now)).unwrap_or_default()
-            }
-        };
-    }
-
-    /// Whether somebody still wants it.
-    fn wanted(&self, shared: &Shared) -> bool {
-        match &self.recipient {
-            Recipient::Dynamic => true,
-            Recipient::Registered(id) => shared.lock().webhooks.iter().any(|w| w.id == *id && w.enabled()),
-        }
-    }
-}
-
-/// At least once: retried for 24 hours, 10 s × 2 up to an hour, with the same id.
-async fn deliver(shared: &Arc<Shared>, mut message: Message) {
+    let Some(mut message) = message(shared, name, event) else { return };
+    #[expect(clippy::cast_possible_truncation, reason = "a float becomes the nearest integer")]
+    let old = faults.number("old").unwrap_or(0.0) as i64;
     let mut pause = Duration::from_secs(10);
     let mut passed = Duration::ZERO;
     for attempt in 1.. {
-        let status = post(shared, &message, attempt).await;
+        if attempt == 1 || !faults.has("frozen") {
+            message.timestamp = shared.now().as_second() - old;
+            message.signature = sign(shared, delivery, &message);
+        }
+        let status = post(shared, name, uri, event, &message, attempt).await;
         if status.is_some_and(|s| (200..300).contains(&s)) {
             return;
         }
-        if passed > LONGEST_TRY {
-            if let Recipient::Registered(id) = &message.recipient {
+        if passed > Duration::from_hours(24) {
+            if let Some(id) = webhook {
                 registered::give_up(&mut shared.lock(), id);
             }
             return;
@@ -262,27 +324,49 @@ async fn deliver(shared: &Arc<Shared>, mut message: Message) {
             () = shared.stop.cancelled() => return,
             () = tokio::time::sleep(shared.pace().real(pause)) => {}
         }
-        if !message.wanted(shared) {
+        let wanted = |id| registered::find(&shared.lock(), id).is_some_and(WebhookRec::enabled);
+        if !webhook.as_deref().is_none_or(wanted) {
             return;
         }
         passed += pause;
         pause = (pause * 2).min(Duration::from_hours(1));
-        if !message.manner.frozen {
-            message.stamp(shared);
-        }
     }
+}
+
+/// What somebody who knows the URL, but has no key, could send. Once: who forges does not retry.
+async fn forge(shared: &Arc<Shared>, name: &str, uri: &str) {
+    let Some(mut message) = message(shared, name, "batch.failed") else { return };
+    message.signature = Signing::v1a(&new_key(), &message.id, message.timestamp, &message.body);
+    post(shared, name, uri, "forged", &message, 1).await;
 }
 
 /// One delivery of an event that need not have happened.
 pub(crate) async fn deliver_once(shared: &Arc<Shared>, name: &str, uri: &str, event: &str) -> Option<u16> {
-    let message = Message::of_batch(shared, name, Recipient::Dynamic, uri, event, Manner::default())?;
-    post(shared, &message, 1).await
+    let mut message = message(shared, name, event)?;
+    message.signature = shared.lock().signing.sign(&Faults::default(), &message, uri);
+    post(shared, name, uri, event, &message, 1).await
 }
 
-async fn post(shared: &Arc<Shared>, message: &Message, attempt: u32) -> Option<u16> {
+/// Any body, signed.
+pub(crate) async fn post_signed(shared: &Arc<Shared>, uri: &str, id: &str, body: &str) -> Option<u16> {
+    let timestamp = shared.now().as_second();
+    let mut message =
+        Message { id: id.to_owned(), body: body.to_owned(), timestamp, signature: String::new() };
+    message.signature = shared.lock().signing.sign(&Faults::default(), &message, uri);
+    post(shared, "", uri, "by hand", &message, 1).await
+}
+
+async fn post(
+    shared: &Arc<Shared>,
+    name: &str,
+    uri: &str,
+    event: &str,
+    message: &Message,
+    attempt: u32,
+) -> Option<u16> {
     let answer = shared
         .http
-        .post(&message.uri)
+        .post(uri)
         .header("content-type", "application/json")
         .header("webhook-id", &message.id)
         .header("webhook-timestamp", message.timestamp)
@@ -294,9 +378,9 @@ async fn post(shared: &Arc<Shared>, message: &Message, attempt: u32) -> Option<u
     let time = shared.now();
     shared.lock().deliveries.push(Delivery {
         webhook_id: message.id.clone(),
-        batch: message.batch.clone(),
-        event: message.event.clone(),
-        uri: message.uri.clone(),
+        batch: name.to_owned(),
+        event: event.to_owned(),
+        uri: uri.to_owned(),
         attempt,
         status,
         time,

@@ -91,16 +91,6 @@ impl Plan {
         }
         plan
     }
-
-    /// Whether its deliveries are told to be like that.
-    pub(crate) fn hook(&self, wanted: &str) -> bool {
-        self.hook.iter().any(|h| h.split('=').next() == Some(wanted))
-    }
-
-    /// The value of `NAME=VALUE` among what its deliveries are told.
-    pub(crate) fn hook_value<T: std::str::FromStr>(&self, name: &str) -> Option<T> {
-        self.hook.iter().find_map(|h| h.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
-    }
 }
 
 /// The result file.

@@ -709,7 +709,7 @@ async fn deliveries_can_be_early_old_forged_or_jwts() {
             (name, headers, body)
         }
     };
-    let (name, headers, body) = next("[[sim:hook=early]] [[sim:job=stall]] x").await;
+    let (name, headers, body) = next("[[sim:hook=early]] [[sim:work=1000000]]").await;
     assert_eq!(body["type"], "batch.succeeded");
     assert!(header(&headers, "webhook-signature").starts_with("v1a,"));
     assert_eq!(env.get(&format!("v1beta/{name}")).await.ok()["done"], Value::Null, "not over");
@@ -718,12 +718,14 @@ async fn deliveries_can_be_early_old_forged_or_jwts() {
     let age =
         jiff::Timestamp::now().as_second() - header(&headers, "webhook-timestamp").parse::<i64>().unwrap();
     assert!((4000..4100).contains(&age), "{age}");
-    let (_, headers, _) = next("[[sim:hook=forged]]").await;
+    let (_, headers, body) = next("[[sim:hook=forged]]").await;
     assert!(header(&headers, "webhook-signature").starts_with("v1a,"));
+    assert_eq!(body["type"], "batch.failed", "the forged one comes first");
+    assert_eq!(receiver.next().await.1["type"], "batch.succeeded");
 
     let keys = || async { env.get(".well-known/jwks.json").await.ok()["keys"].as_array().unwrap().len() };
     assert_eq!(keys().await, 3);
-    env.set(|s| s.jwt_signatures = true);
+    env.set(|s| s.hooks = vec!["jwt".to_owned()]);
     assert_eq!(keys().await, 4);
     let (_, headers, _) = next("x").await;
     let parts: Vec<&str> = header(&headers, "webhook-signature").split('.').collect();

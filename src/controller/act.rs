@@ -124,9 +124,17 @@ impl Step<'_> {
         let Some(attempt) = decide::current_attempt(self.job) else { return };
         let Some((key, name)) = self.key_and_file(file) else { return };
         match self.ctx.gemini.get_file(key, &name).await {
-            // Complete or not in doubt: the batch may have been asked for.
+            // The file is complete, so the batch may have been asked for.
             Ok(_) => set_stage(memory, attempt, Stage::Unsure(Search::default())),
-            Err(e) if e.is_absent() => set_stage(memory, attempt, Stage::NotUploaded),
+            // No file, no batch: unless somebody deleted the file after the batch was created.
+            Err(e) if e.is_absent() => match self.list_for(attempt).await {
+                Ok(found) => {
+                    let found = found.into_iter().next();
+                    let stage = found.map_or(Stage::NotUploaded, |batch| Stage::Found(Box::new(batch)));
+                    set_stage(memory, attempt, stage);
+                }
+                Err(e) => return self.trouble(memory, "listing batches", &e),
+            },
             Err(e) => return self.trouble(memory, "looking for the input file", &e),
         }
         memory.trouble = None;
@@ -233,7 +241,7 @@ impl Step<'_> {
 
     /// All batches with the attempt's display name and file, from the newest to past the intent.
     async fn list_for(&self, attempt: &Attempt) -> Result<Vec<Batch>, gemini::Error> {
-        let Some(key) = self.credential.map(|c| &c.key) else { return Ok(Vec::new()) };
+        let Some(key) = self.credential.map(|c| &c.key) else { return Err(gemini::Error::no_key()) };
         let mut found = Vec::new();
         let oldest = after(attempt.intent_time.0, -CLOCK_SKEW);
         let mut token: Option<String> = None;
@@ -470,9 +478,13 @@ impl Step<'_> {
         let failures = memory.trouble.as_ref().map_or(0, |t| t.failures).saturating_add(1);
         tracing::warn!(namespace = self.job.namespace(), job = self.job.name_any(), failures, %error, "{what} failed");
         let timings = &self.ctx.timings;
-        let pause = backoff(timings.trouble_first, timings.trouble_longest, failures);
-        let reason =
-            if error.is_credentials() { Reason::CredentialsRefused } else { Reason::GeminiUnavailable };
+        // A key is repaired by somebody, who then expects the job to go on soon.
+        let (reason, longest) = if error.is_credentials() {
+            (Reason::CredentialsRefused, timings.recheck * 3 / 4)
+        } else {
+            (Reason::GeminiUnavailable, timings.trouble_longest)
+        };
+        let pause = backoff(timings.trouble_first, longest, failures);
         memory.trouble = Some(Trouble {
             failures,
             next: after(self.ctx.clock.now(), error.retry_after().map_or(pause, |r| r.max(pause))),

@@ -87,7 +87,7 @@ impl Decision {
                 Change::Submitted { .. } => "Submitted",
                 Change::HintObserved { .. } => "HintObserved",
                 Change::Waiting { .. } => "Waiting",
-                Change::Running => "Running",
+                Change::Running { .. } => "Running",
                 Change::Finished(_) => "Finished",
                 Change::Refresh => "Refresh",
             },
@@ -226,7 +226,10 @@ pub enum Change {
         results: Option<Box<Results>>,
     },
     /// The batch runs and nothing stands in the way.
-    Running,
+    Running {
+        /// The type of a callback that was followed, and that Gemini does not confirm yet.
+        early: Option<String>,
+    },
     /// The job has ended.
     Finished(Box<End>),
     /// The spec was edited after the end: the conditions hold for the new generation as well.
@@ -536,8 +539,11 @@ fn submitted(o: &Observed<'_>, a: &Attempt, name: BatchName, now: Timestamp) -> 
     };
     let next = [looks.next, missing.map(|t| t.next)].into_iter().flatten().min();
     let unfollowed = hint.is_some_and(|h| looks.following.as_ref().is_none_or(|(f, _)| f != h));
+    // The first GET is made before anything is said, so that a hint that is right costs no write.
+    let early =
+        hint.and_then(|_| o.job.status.as_ref()?.callback.as_ref()).filter(|_| looks.following.is_some());
     let say = match missing {
-        None => Change::Running,
+        None => Change::Running { early: early.map(|callback| callback.type_.clone()) },
         Some(_) if !same_key => {
             waiting(&ending::credentials_changed("Gemini does not show it the batch"), true)
         }
@@ -760,7 +766,8 @@ fn stalled(problem: &Problem) -> Decision {
 
 /// A call fails for now. The first failure is not worth a write; a lasting one is said.
 fn in_trouble(trouble: &Trouble) -> Decision {
-    let say = (trouble.failures >= 2).then(|| Box::new(waiting(&trouble.problem, false)));
+    let stalled = trouble.problem.reason == Reason::CredentialsRefused;
+    let say = (trouble.failures >= 2).then(|| Box::new(waiting(&trouble.problem, stalled)));
     Decision::Wait { say, wake: Wake::At(trouble.next) }
 }
 
@@ -798,6 +805,12 @@ pub fn output_name(job: &GeminiBatchJob) -> Option<&str> {
 pub fn new_hint<'a>(job: &'a GeminiBatchJob, a: &Attempt) -> Option<&'a str> {
     let callback = job.status.as_ref()?.callback.as_ref()?;
     (a.observed_hint.as_ref() != Some(&callback.webhook_id)).then_some(callback.webhook_id.as_str())
+}
+
+/// Whether the last callback of an unfinished job was not acted on to its end yet.
+#[must_use]
+pub fn hint_waits(job: &GeminiBatchJob) -> bool {
+    !is_finished(job) && current_attempt(job).is_some_and(|a| new_hint(job, a).is_some())
 }
 
 /// The batch that a callback names.

@@ -13,12 +13,12 @@
 
 pub mod act;
 pub mod collect;
-mod crash;
 pub mod decide;
 pub mod ending;
 pub mod identity;
 pub mod input;
 pub mod memory;
+pub mod metrics;
 pub mod observe;
 pub mod output;
 pub mod report;

@@ -126,14 +126,14 @@ pub fn compose(
                 format!("Gemini created {name}")
             };
             conditions::set(&mut s.conditions, SUBMITTED, true, Reason::Submitted, &message, generation, now);
-            running(&mut s, generation, now);
+            running(&mut s, None, generation, now);
         }
-        Change::Running => running(&mut s, generation, now),
+        Change::Running { early } => running(&mut s, early.as_deref(), generation, now),
         Change::HintObserved { hint } => {
             if let Some(a) = current(&mut s) {
                 a.observed_hint = Some(hint.clone());
             }
-            running(&mut s, generation, now);
+            running(&mut s, None, generation, now);
         }
         Change::Waiting { problem, stalled, results } => {
             if let Some(results) = results {
@@ -163,10 +163,15 @@ fn progress(s: &mut GeminiBatchJobStatus, reason: Reason, message: &str, generat
     refresh(s, generation);
 }
 
-fn running(s: &mut GeminiBatchJobStatus, generation: i64, now: Timestamp) {
+fn running(s: &mut GeminiBatchJobStatus, early: Option<&str>, generation: i64, now: Timestamp) {
     s.state = State::Running;
     let name = current(s).and_then(|a| a.batch_name.clone()).unwrap_or_default();
-    let message = format!("{name} is at Gemini; its end will be told by a callback, and found without one");
+    let message = match early {
+        None => format!("{name} is at Gemini; its end will be told by a callback, and found without one"),
+        Some(event) => format!(
+            "a callback said {event}, but Gemini says that {name} has not ended; it is asked again shortly"
+        ),
+    };
     progress(s, Reason::Submitted, &message, generation, now);
 }
 
@@ -179,6 +184,8 @@ fn waiting(s: &mut GeminiBatchJobStatus, problem: &Problem, stalled: bool, gener
     };
     progress(s, problem.reason, &problem.message, generation, now);
     if stalled {
+        // Not both: kstatus reports whichever of the two stands first.
+        conditions::clear(&mut s.conditions, RECONCILING, problem.reason, generation, now);
         conditions::set(&mut s.conditions, STALLED, true, problem.reason, &problem.message, generation, now);
     }
 }

@@ -1,19 +1,26 @@
-//! The key ring's Secret: created if it is not there, read otherwise, read again now and then. Client
-//! required.
+//! The key ring's Secret: created if it is not there, read otherwise, read again now and then, rotated and
+//! retired. Client required.
+//!
+//! A ring that vanished is never silently replaced by another one while jobs run: their callbacks would be
+//! refused, and their API keys could not be recognised. A controller that has it in memory writes the same
+//! ring back and raises an alarm; one that starts without it refuses to.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError};
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::ByteString;
-use k8s_openapi::api::core::v1::{Namespace, Secret};
+use k8s_openapi::api::core::v1::{Namespace, ObjectReference, Secret};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::api::PostParams;
+use kube::api::{ListParams, PostParams};
+use kube::runtime::events::{Event, EventType};
+use kube::runtime::reflector::Store;
 use kube::{Api, Client, ResourceExt as _};
 use tokio_util::sync::CancellationToken;
 
-use super::run::Context;
-use crate::api::CONTROLLER_MANAGER;
+use super::decide;
+use super::run::{Context, Guarded};
+use crate::api::{CONTROLLER_MANAGER, GeminiBatchJob};
 use crate::callback::keyring::{KeyRing, KeyRingError, SECRET_KEY};
 
 /// How often the Secret is read again.
@@ -51,68 +58,216 @@ pub enum RingError {
         /// The flag's.
         flag: String,
     },
+    /// It is gone, and jobs need it.
+    #[error(
+        "the key ring in Secret {secret} is gone, but {jobs} unfinished jobs were submitted with it: restore the \
+         Secret from a backup. If it is lost for good, start once with --recreate-key-ring: the callbacks of those \
+         jobs will then be refused (the sweep finds their ends), and a job whose API key can't be recognised says \
+         CredentialsChanged"
+    )]
+    Vanished {
+        /// Name of the Secret.
+        secret: String,
+        /// How many jobs.
+        jobs: usize,
+    },
+    /// A rotation that can't be.
+    #[error("the key ring in Secret {secret} can't be rotated: {source}")]
+    Rotation {
+        /// Name of the Secret.
+        secret: String,
+        /// Why.
+        source: KeyRingError,
+    },
+    /// There is nothing to rotate.
+    #[error(
+        "there is no Secret {secret} in this namespace: the controller creates the key ring when it starts"
+    )]
+    Missing {
+        /// Name of the Secret.
+        secret: String,
+    },
+}
+
+/// Where the ring is, and what an administrator says about it.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// Namespace of the operator.
+    pub namespace: String,
+    /// Name of the Secret.
+    pub secret: String,
+    /// `--cluster-id`.
+    pub cluster_id: Option<String>,
+    /// The namespace whose jobs are worked on; all if none.
+    pub watch_namespace: Option<String>,
+    /// Whether a ring may be made although jobs were submitted with one that is gone.
+    pub recreate: bool,
 }
 
 /// The ring that is there, or a new one. If another replica was faster, theirs.
-pub async fn ensure(
-    client: &Client,
-    namespace: &str,
-    secret: &str,
-    cluster_id: Option<&str>,
-    now: Timestamp,
-) -> Result<KeyRing, RingError> {
+pub async fn ensure(client: &Client, place: &Place, now: Timestamp) -> Result<KeyRing, RingError> {
+    let secret = place.secret.as_str();
     let failed = |source| RingError::Kubernetes { secret: secret.to_owned(), source };
-    let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
+    let secrets: Api<Secret> = Api::namespaced(client.clone(), &place.namespace);
     let ring = if let Some(there) = secrets.get_opt(secret).await.map_err(failed)? {
         parse(secret, &there)?
     } else {
-        let id = match cluster_id {
-            Some(id) => id.to_owned(),
+        let jobs = submitted_jobs(client, place.watch_namespace.as_deref()).await.map_err(failed)?;
+        if jobs > 0 && !place.recreate {
+            return Err(RingError::Vanished { secret: secret.to_owned(), jobs });
+        }
+        let id = match &place.cluster_id {
+            Some(id) => id.clone(),
             None => kube_system_uid(client).await.map_err(failed)?,
         };
         let ring = KeyRing::generate(&id, now)
             .map_err(|source| RingError::Content { secret: secret.to_owned(), source })?;
-        match secrets.create(&post(), &object(namespace, secret, &ring)).await {
-            Ok(_) => ring,
+        match secrets.create(&post(), &object(&place.namespace, secret, &ring)).await {
+            Ok(_) => {
+                tracing::info!(secret, "created the key ring");
+                ring
+            }
             Err(e) if super::output::is(&e, 409) => {
                 parse(secret, &secrets.get(secret).await.map_err(failed)?)?
             }
             Err(e) => return Err(failed(e)),
         }
     };
-    match cluster_id {
-        Some(flag) if flag != ring.cluster_id => Err(RingError::OtherCluster {
+    match &place.cluster_id {
+        Some(flag) if *flag != ring.cluster_id => Err(RingError::OtherCluster {
             secret: secret.to_owned(),
             ring: ring.cluster_id.clone(),
-            flag: flag.to_owned(),
+            flag: flag.clone(),
         }),
         _ => Ok(ring),
     }
 }
 
-/// Reads the ring again now and then, so that a rotated one is used.
-pub async fn keep_current(ctx: Arc<Context>, namespace: String, secret: String, stop: CancellationToken) {
-    let secrets: Api<Secret> = Api::namespaced(ctx.client.clone(), &namespace);
+/// Unfinished jobs whose callbacks and API keys depend on a ring.
+async fn submitted_jobs(client: &Client, namespace: Option<&str>) -> Result<usize, kube::Error> {
+    let jobs: Api<GeminiBatchJob> = match namespace {
+        None => Api::all(client.clone()),
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+    };
+    match jobs.list(&ListParams::default()).await {
+        Ok(list) => Ok(list.iter().filter(|job| submitted(job).is_some()).count()),
+        Err(e) if super::output::is(&e, 404) => Ok(0), // no CRD yet, so no jobs
+        Err(e) => Err(e),
+    }
+}
+
+/// When an unfinished job was submitted, if it was.
+fn submitted(job: &GeminiBatchJob) -> Option<Timestamp> {
+    let attempt = decide::current_attempt(job)?;
+    (!decide::is_finished(job)).then_some(attempt.intent_time.0)
+}
+
+/// Adds a key to the ring; for the subcommand `rotate-keys`. Returns the new key's id.
+pub async fn rotate(
+    client: &Client,
+    namespace: &str,
+    secret: &str,
+    now: Timestamp,
+) -> Result<String, RingError> {
+    let failed = |source| RingError::Kubernetes { secret: secret.to_owned(), source };
+    let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
+    loop {
+        let there = secrets.get_opt(secret).await.map_err(failed)?;
+        let there = there.ok_or_else(|| RingError::Missing { secret: secret.to_owned() })?;
+        let mut ring = parse(secret, &there)?;
+        let id = match ring.rotate(now) {
+            Ok(key) => key.id.clone(),
+            Err(source) => return Err(RingError::Rotation { secret: secret.to_owned(), source }),
+        };
+        match replace(&secrets, &there, &ring).await {
+            Ok(()) => return Ok(id),
+            Err(e) if super::output::is(&e, 409) => {} // somebody wrote meanwhile: theirs is the base
+            Err(e) => return Err(failed(e)),
+        }
+    }
+}
+
+/// Reads the ring again now and then, so that a rotated one is used; writes it back if it has vanished;
+/// removes keys that nothing needs any more. `store` is the watch's cache of jobs.
+pub async fn keep_current(ctx: Arc<Context>, place: Place, store: Store<Guarded>, stop: CancellationToken) {
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             () = ctx.clock.sleep(REREAD) => {}
         }
-        match secrets.get_opt(&secret).await {
-            Ok(Some(there)) => match parse(&secret, &there) {
-                Ok(ring) => *ctx.ring.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(ring),
-                Err(error) => {
-                    tracing::error!(%error, "the key ring can't be read; the one in memory is used on");
-                }
-            },
-            Ok(None) => tracing::error!(
-                secret,
-                "the key ring is gone; the one in memory is used on, but callbacks will be refused by receivers \
-                 that start now"
-            ),
-            Err(error) => tracing::warn!(%error, "the key ring could not be read again"),
+        if let Err(error) = once(&ctx, &place, &store).await {
+            tracing::error!(%error, "the key ring could not be read again; the one in memory is used on");
         }
     }
+}
+
+async fn once(ctx: &Context, place: &Place, store: &Store<Guarded>) -> Result<(), RingError> {
+    let secret = place.secret.as_str();
+    let failed = |source| RingError::Kubernetes { secret: secret.to_owned(), source };
+    let secrets: Api<Secret> = Api::namespaced(ctx.client.clone(), &place.namespace);
+    let Some(there) = secrets.get_opt(secret).await.map_err(failed)? else {
+        alarm(ctx, place).await;
+        let ring = ctx.ring();
+        return match secrets.create(&post(), &object(&place.namespace, secret, &ring)).await {
+            Ok(_) => Ok(()),
+            Err(e) if super::output::is(&e, 409) => Ok(()), // another replica was faster
+            Err(e) => Err(failed(e)),
+        };
+    };
+    let mut ring = parse(secret, &there)?;
+    if ring.keys.len() > 1 && ring.retire(ctx.clock.now(), oldest_submitted(store).await) {
+        match replace(&secrets, &there, &ring).await {
+            Ok(()) => tracing::info!(keys = ring.keys.len(), "noted which keys of the ring are out of use"),
+            Err(e) if super::output::is(&e, 409) => return Ok(()), // read again at the next turn
+            Err(e) => return Err(failed(e)),
+        }
+    }
+    *ctx.ring.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(ring);
+    Ok(())
+}
+
+/// The earliest submission of an unfinished job, from the whole cache.
+async fn oldest_submitted(store: &Store<Guarded>) -> Option<Timestamp> {
+    // Without a complete list nothing may be concluded: a job from before all times keeps every key.
+    if store.wait_until_ready().await.is_err() {
+        return Some(Timestamp::MIN);
+    }
+    let unfinished = |object: &Arc<Guarded>| match &object.0 {
+        Ok(job) => submitted(job),
+        Err(_) => Some(Timestamp::MIN), // can't be read: it may need any of them
+    };
+    store.state().iter().filter_map(unfinished).min()
+}
+
+/// Somebody deleted the Secret. That is said where an administrator looks.
+async fn alarm(ctx: &Context, place: &Place) {
+    let note = "the key ring was deleted while the operator runs; the same ring is written back from memory. Receivers \
+                that started meanwhile refused callbacks, which Gemini sends again";
+    tracing::error!(secret = place.secret, namespace = place.namespace, "{note}");
+    ctx.metrics.keyring_restored.inc();
+    let event = Event {
+        type_: EventType::Warning,
+        reason: "KeyRingDeleted".to_owned(),
+        note: Some(note.to_owned()),
+        action: "Restore".to_owned(),
+        secondary: None,
+    };
+    let about = ObjectReference {
+        api_version: Some("v1".to_owned()),
+        kind: Some("Secret".to_owned()),
+        namespace: Some(place.namespace.clone()),
+        name: Some(place.secret.clone()),
+        ..ObjectReference::default()
+    };
+    if let Err(error) = ctx.recorder.publish(&event, &about).await {
+        tracing::warn!(%error, "an Event could not be written");
+    }
+}
+
+async fn replace(secrets: &Api<Secret>, there: &Secret, ring: &KeyRing) -> Result<(), kube::Error> {
+    let mut new = there.clone(); // with its resourceVersion: of two writers one gets a conflict
+    new.data.get_or_insert_default().insert(SECRET_KEY.to_owned(), ByteString(ring.to_json().to_vec()));
+    secrets.replace(&there.name_any(), &post(), &new).await.map(|_| ())
 }
 
 fn parse(secret: &str, there: &Secret) -> Result<KeyRing, RingError> {

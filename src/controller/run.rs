@@ -24,12 +24,14 @@ use url::Url;
 
 use super::decide::{self, Change, Decision, Observed, Wake};
 use super::memory::{Memory, OutputObject, Send, Stage, after};
+use super::metrics::Metrics;
 use super::observe::{self, Credential};
-use super::{InputFacts, Timings, act, crash, identity, report};
+use super::{InputFacts, Timings, act, identity, report};
 use crate::api::conditions::cut;
 use crate::api::{GeminiBatchJob, Input as InputSpec, Reason};
 use crate::callback::keyring::KeyRing;
 use crate::clock::Clock;
+use crate::crash;
 use crate::gemini;
 
 /// A job in the cache; one that can't be read does not stall the others.
@@ -63,12 +65,16 @@ pub struct Context {
     pub recorder: Recorder,
     /// The one namespace whose jobs are worked on; all if none.
     pub namespace: Option<String>,
+    /// What is counted.
+    pub metrics: Metrics,
     /// What the process remembers of each active job, by UID.
     memories: Mutex<HashMap<String, Memory>>,
     /// Failed calls to the API server in a row, by UID.
     failures: Mutex<HashMap<String, u32>>,
     /// Jobs that the sweep wants looked at, by UID.
     swept: Mutex<HashSet<String>>,
+    /// Jobs whose last callback was not acted on to its end, by UID.
+    hinted: Mutex<HashSet<String>>,
 }
 
 impl Context {
@@ -86,6 +92,7 @@ impl Context {
         concurrency: u16,
         recorder: Recorder,
         namespace: Option<String>,
+        metrics: Metrics,
     ) -> Self {
         Self {
             client,
@@ -98,9 +105,11 @@ impl Context {
             concurrency,
             recorder,
             namespace,
+            metrics,
             memories: Mutex::default(),
             failures: Mutex::default(),
             swept: Mutex::default(),
+            hinted: Mutex::default(),
         }
     }
 
@@ -108,6 +117,17 @@ impl Context {
     #[must_use]
     pub fn ring(&self) -> Arc<KeyRing> {
         Arc::clone(&self.ring.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Counts the jobs whose last callback waits to be acted on.
+    fn note_hint(&self, uid: &str, waits: bool) {
+        let mut hinted = lock(&self.hinted);
+        if waits {
+            hinted.insert(uid.to_owned());
+        } else {
+            hinted.remove(uid);
+        }
+        self.metrics.hints_waiting.set(i64::try_from(hinted.len()).unwrap_or(i64::MAX));
     }
 
     /// Has the job look at Gemini at its next turn.
@@ -121,8 +141,9 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Watches jobs until the token is cancelled, then lets the work in hand finish.
-pub async fn run(ctx: Arc<Context>, stop: CancellationToken) {
+/// Watches jobs until the token is cancelled, then lets the work in hand finish. Keeps the key ring current
+/// meanwhile.
+pub async fn run(ctx: Arc<Context>, ring: super::ring::Place, stop: CancellationToken) {
     let (store, writer) = reflector::store::<Guarded>();
     let (poke, poked) = mpsc::unbounded::<ObjectRef<Guarded>>();
     let jobs: Api<Guarded> = match &ctx.namespace {
@@ -136,6 +157,8 @@ pub async fn run(ctx: Arc<Context>, stop: CancellationToken) {
         .touched_objects();
 
     let sweep = tokio::spawn(super::sweep::run(Arc::clone(&ctx), store.clone(), poke, stop.child_token()));
+    let ring =
+        tokio::spawn(super::ring::keep_current(Arc::clone(&ctx), ring, store.clone(), stop.child_token()));
     Controller::for_stream(stream, store)
         .with_config(Config::default().concurrency(ctx.concurrency))
         .reconcile_on(poked)
@@ -143,8 +166,10 @@ pub async fn run(ctx: Arc<Context>, stop: CancellationToken) {
         .run(reconcile, on_error, ctx)
         .for_each(|_| std::future::ready(()))
         .await;
-    if sweep.await.is_err_and(|e| e.is_panic()) {
-        tracing::error!("the sweep ended by a panic");
+    for (task, name) in [(sweep, "the sweep"), (ring, "the upkeep of the key ring")] {
+        if task.await.is_err_and(|e| e.is_panic()) {
+            tracing::error!("{name} ended by a panic");
+        }
     }
 }
 
@@ -185,6 +210,7 @@ async fn reconcile(cached: Arc<Guarded>, ctx: Arc<Context>) -> Result<Requeue, E
         }
     };
     let Some(uid) = cached.uid() else { return Ok(Requeue::await_change()) };
+    ctx.note_hint(&uid, decide::hint_waits(cached));
     if at_rest_for_ever(cached) {
         forget(&ctx, &uid);
         return Ok(Requeue::await_change());
@@ -222,6 +248,7 @@ fn forget(ctx: &Context, uid: &str) {
     lock(&ctx.memories).remove(uid);
     lock(&ctx.failures).remove(uid);
     lock(&ctx.swept).remove(uid);
+    ctx.note_hint(uid, false);
 }
 
 /// Finished, cleaned up and looked at in its present generation.
@@ -332,7 +359,7 @@ async fn drive(
             Decision::Record(change) => match record(ctx, &job, &change, now).await {
                 Ok(written) => {
                     crash::at("after", step_name);
-                    remember(&change, &ring, uid, memory);
+                    remember(ctx, &change, &ring, uid, memory);
                     if matches!(*change, Change::DropFinalizer { .. }) {
                         return Ok(None);
                     }
@@ -416,7 +443,7 @@ async fn publish(ctx: &Context, job: &GeminiBatchJob, reason: Reason, message: &
 }
 
 /// What a recorded change means for the memory.
-fn remember(change: &Change, ring: &KeyRing, uid: &str, memory: &mut Memory) {
+fn remember(ctx: &Context, change: &Change, ring: &KeyRing, uid: &str, memory: &mut Memory) {
     match change {
         Change::Intent(attempt) => {
             let own = identity::input_file(&ring.cluster_id, uid, attempt.number, &attempt.send_id);
@@ -430,8 +457,12 @@ fn remember(change: &Change, ring: &KeyRing, uid: &str, memory: &mut Memory) {
             memory.probe = None;
         }
         Change::Refused(_) | Change::Submitted { .. } => memory.send = None,
-        Change::HintObserved { .. } => memory.looks.recorded(),
-        Change::Finished(_) => {
+        Change::HintObserved { .. } => {
+            ctx.metrics.hints_observed.inc();
+            memory.looks.recorded();
+        }
+        Change::Finished(end) => {
+            ctx.metrics.hints_observed.inc_by(u64::from(end.hint.is_some()));
             memory.collected = None;
             memory.output = OutputObject::Unknown;
             memory.remote = None;
@@ -440,7 +471,7 @@ fn remember(change: &Change, ring: &KeyRing, uid: &str, memory: &mut Memory) {
         | Change::DropFinalizer { .. }
         | Change::InputFile { .. }
         | Change::Waiting { .. }
-        | Change::Running
+        | Change::Running { .. }
         | Change::Refresh => {}
     }
 }

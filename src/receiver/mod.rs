@@ -7,7 +7,7 @@
 //!
 //! Stateless: it reads no job and keeps no cache that anything depends on, so any number of replicas may run.
 //!
-//! - [`server`]: sockets, limits and timeouts, graceful end
+//! - [`server`]: sockets, limits and timeouts, graceful end; [`tls`]: certificates
 //! - `routes`: one delivery, from request to response
 //! - [`hint`]: the write; [`ring`] and [`keys`]: what deliveries are checked with; `replay`: what is remembered
 
@@ -20,6 +20,7 @@ mod routes;
 pub mod server;
 #[cfg(test)]
 mod tests;
+pub mod tls;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,6 +37,7 @@ use self::metrics::Metrics;
 use self::replay::Window;
 use self::ring::{KubeRing, Ring, RingSource};
 use self::server::Limits;
+use self::tls::Tls;
 use crate::callback::verdict::{FUTURE, PAST_TOKEN_BOUND};
 use crate::callback::{Policy, Scheme};
 
@@ -44,6 +46,9 @@ pub const GOOGLE_JWKS_URL: &str = "https://generativelanguage.googleapis.com/.we
 
 /// How often the upkeep of ring and keys looks whether something is due, in real time.
 const TICK: Duration = Duration::from_secs(1);
+
+/// The certificate's files are looked at in every so many ticks.
+const TLS_TICKS: u32 = 10;
 
 /// The time. Injected, so that tests and a sped-up clock can drive everything that depends on it.
 pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
@@ -61,6 +66,8 @@ pub struct Config {
     pub past: SignedDuration,
     /// How far in the future its timestamp may be.
     pub future: SignedDuration,
+    /// TLS of its own; plain HTTP without.
+    pub tls: Option<Arc<Tls>>,
     /// Limits and timeouts.
     pub limits: Limits,
 }
@@ -75,6 +82,7 @@ impl Config {
             schemes: vec![Scheme::V1a, Scheme::Jwt],
             past: PAST_TOKEN_BOUND,
             future: FUTURE,
+            tls: None,
             limits: Limits::default(),
         }
     }
@@ -192,17 +200,22 @@ impl Receiver {
 
     /// Serves until `shutdown`, then drains. Keeps ring and keys fresh meanwhile.
     pub async fn run(&self, listener: TcpListener, shutdown: CancellationToken) {
-        let limits = self.state.config.limits.clone();
+        let state = &self.state;
+        let (tls, limits) = (state.config.tls.clone(), state.config.limits.clone());
         let serve =
-            server::serve(listener, self.router(), limits, self.state.metrics.clone(), shutdown.clone());
+            server::serve(listener, self.router(), tls, limits, state.metrics.clone(), shutdown.clone());
         tokio::join!(serve, shutdown.run_until_cancelled(self.keep_fresh()));
     }
 
-    /// Reads the ring and fetches the keys, at once and then whenever either is due.
+    /// Reads the ring and fetches the keys, at once and then whenever either is due. Looks at the files of the
+    /// certificate now and then.
     async fn keep_fresh(&self) {
-        loop {
+        for tick in 1_u32.. {
             let now = (self.state.clock)();
             tokio::join!(self.state.ring.keep_fresh(now), self.state.keys.keep_fresh(now));
+            if let Some(tls) = self.state.config.tls.as_ref().filter(|_| tick % TLS_TICKS == 0) {
+                tls.reload();
+            }
             tokio::time::sleep(TICK).await;
         }
     }

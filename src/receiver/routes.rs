@@ -24,6 +24,7 @@ use super::replay::Admission;
 use crate::callback::event::{Event, MAX_BODY};
 use crate::callback::token::{Claims, Reason, Token, callback_url_of};
 use crate::callback::{Accepted, Delivery, Keys, Policy, Refusal, Scheme, check_headers, verify};
+use crate::crash;
 
 /// What a sender is told to wait when something of ours is away.
 const RETRY_SECONDS: i64 = 10;
@@ -134,6 +135,7 @@ async fn handle(
         Ok(claims) => claims,
         Err(end) => return end,
     };
+    crash::at("receiver", "addressed");
     let policy = policy_for(state, namespace, name, token);
     let early = Delivery::from_headers(&head.headers, &[]).and_then(|d| check_headers(&d, &policy, now));
     if let Err(refusal) = early {
@@ -148,6 +150,7 @@ async fn handle(
         Err(end) => return end,
     };
     *scheme = accepted.scheme.as_str();
+    crash::at("receiver", "verified");
     acknowledge(state, namespace, name, &claims, &accepted, &body).await
 }
 
@@ -269,7 +272,9 @@ async fn acknowledge(
         received,
     };
     let began = Instant::now();
+    crash::at("receiver", "writing");
     let written = write(state, &hint).await;
+    crash::at("receiver", "written");
     let outcome = match written {
         Ok(Written::Stored) => "stored",
         Ok(Written::Gone) => "job_gone",
@@ -282,6 +287,7 @@ async fn acknowledge(
     match written {
         Ok(written) => {
             reservation.remember();
+            crash::at("receiver", "remembered");
             End::Taken(if written == Written::Stored { "accepted" } else { "job_gone" })
         }
         Err(_) => End::later("write_failed"),

@@ -15,6 +15,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use prometheus_client::metrics::gauge::Gauge;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -22,6 +23,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use super::metrics::{ByReason, Metrics};
+use super::tls::Tls;
 
 const MAX_HEADERS: usize = 64;
 const MAX_HEADER_BYTES: usize = 16 * 1024;
@@ -67,13 +69,14 @@ impl Default for Limits {
 pub async fn serve(
     listener: TcpListener,
     router: Router,
+    tls: Option<Arc<Tls>>,
     limits: Limits,
     metrics: Metrics,
     shutdown: CancellationToken,
 ) {
     let slots = Arc::new(Semaphore::new(limits.connections));
     let connections = TaskTracker::new();
-    let server = Server { router, limits, metrics, shutdown: shutdown.clone() };
+    let server = Server { router, tls, limits, metrics, shutdown: shutdown.clone() };
     while let Some((stream, slot)) = shutdown.run_until_cancelled(server.accept(&listener, &slots)).await {
         connections.spawn(server.clone().connection(stream, slot));
     }
@@ -86,6 +89,7 @@ pub async fn serve(
 #[derive(Clone)]
 struct Server {
     router: Router,
+    tls: Option<Arc<Tls>>,
     limits: Limits,
     metrics: Metrics,
     shutdown: CancellationToken,
@@ -120,11 +124,24 @@ impl Server {
         let _counted = Counted::new(&self.metrics.connections_open);
         // answers are one small packet
         let _ = stream.set_nodelay(true);
-        self.http(stream).await;
+        match &self.tls {
+            None => self.http(stream).await,
+            // a handshake has as long as a header
+            Some(tls) => {
+                match tokio::time::timeout(self.limits.header, tls.acceptor().accept(stream)).await {
+                    Ok(Ok(stream)) => self.http(stream).await,
+                    Ok(Err(error)) => {
+                        debug!(%error, "a TLS handshake failed");
+                        self.reject("tls_handshake");
+                    }
+                    Err(_) => self.reject("tls_timeout"),
+                }
+            }
+        }
         drop(slot);
     }
 
-    async fn http(&self, stream: TcpStream) {
+    async fn http(&self, stream: impl AsyncRead + AsyncWrite + Unpin) {
         let mut builder = http1::Builder::new();
         builder
             .timer(TokioTimer::new())

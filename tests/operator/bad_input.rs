@@ -197,5 +197,8 @@ async fn no_key_and_no_prompt_is_shown_anywhere() {
     let log = operator.log();
     assert!(log.contains("create: sending"), "the log is the operator's");
     shown += &log;
+    let metrics = env.metrics().await;
+    assert!(metrics.contains("gemini_batch_callbacks_total{outcome=\"accepted\""), "{metrics}");
+    shown += &metrics;
     assert!(!shown.contains("CANARY"), "{shown}");
 }

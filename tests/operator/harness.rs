@@ -2,9 +2,10 @@
 //! its own, in this process or as the built binary.
 
 use std::io::{BufRead as _, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, OnceLock};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use clap::Parser as _;
@@ -28,15 +29,31 @@ pub const PATIENCE: Duration = Duration::from_secs(90);
 
 pub const MODEL: &str = "gemini-2.5-flash";
 
-struct Cluster {
+/// A control plane.
+pub struct Cluster {
     kubeconfig: PathBuf,
-    // Dropped never: the launcher ends when this process does.
-    _child: Mutex<Child>,
+    binary: PathBuf,
+    child: Mutex<Child>,
 }
 
-fn cluster() -> &'static Cluster {
-    static CLUSTER: OnceLock<Cluster> = OnceLock::new();
-    CLUSTER.get_or_init(|| {
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // Its components end with it.
+        let mut child = self.child.lock().unwrap();
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+/// The one that most tests share. It ends when this process does.
+fn shared_cluster() -> Arc<Cluster> {
+    static CLUSTER: OnceLock<Arc<Cluster>> = OnceLock::new();
+    Arc::clone(CLUSTER.get_or_init(|| Arc::new(Cluster::start())))
+}
+
+impl Cluster {
+    /// A new one, with the CRD installed. For tests that stop its API server.
+    pub fn start() -> Self {
         let root = env!("CARGO_MANIFEST_DIR");
         let binary = std::env::var("GBO_DEVCLUSTER").unwrap_or_else(|_| {
             let out = Command::new(format!("{root}/hack/devcluster/ensure.sh"))
@@ -65,20 +82,47 @@ fn cluster() -> &'static Cluster {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let client = Client::try_from(kube_config(&config).await).unwrap();
-                let crds: Api<CustomResourceDefinition> = Api::all(client);
+                let crds: Api<CustomResourceDefinition> = Api::all(client.clone());
                 let crd = gemini_batch_operator::api::crd::crd();
                 let params = PatchParams::apply("test").force();
                 crds.patch(&crd.name_any(), &params, &Patch::Apply(&crd)).await.unwrap();
                 await_condition(crds, &crd.name_any(), is_crd_established()).await.unwrap();
+                published(&client).await;
             });
         })
         .join()
         .unwrap();
-        Cluster { kubeconfig, _child: Mutex::new(child) }
-    })
+        Self { kubeconfig, binary: binary.into(), child: Mutex::new(child) }
+    }
+
+    /// `stop`, `start`, `restart`, `pause` or `resume` of a component; returns when it is done.
+    pub fn ctl(&self, command: &str, component: &str) {
+        let dir = self.kubeconfig.parent().unwrap();
+        let out = Command::new(&self.binary)
+            .args(["ctl", "--dir"])
+            .arg(dir)
+            .args([command, component])
+            .output()
+            .unwrap();
+        assert!(out.status.success(), "{command} {component}: {}", String::from_utf8_lossy(&out.stderr));
+    }
 }
 
-async fn kube_config(path: &PathBuf) -> kube::Config {
+/// The schema is served a moment after the resource is; `kubectl explain` needs it.
+async fn published(client: &Client) {
+    let start = Instant::now();
+    loop {
+        let index = http::Request::get("/openapi/v3").body(Vec::new()).unwrap();
+        let index: Value = client.request(index).await.unwrap();
+        if index["paths"].get("apis/geminibatch.dev/v1alpha1").is_some() {
+            return;
+        }
+        assert!(start.elapsed() < PATIENCE, "the API server does not publish the schema");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn kube_config(path: &Path) -> kube::Config {
     let file = Kubeconfig::read_from(path).unwrap();
     kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.unwrap()
 }
@@ -122,6 +166,8 @@ pub struct Env {
     pub namespace: String,
     pub sim: Simulator,
     pub port: u16,
+    pub admin_port: u16,
+    pub cluster: Arc<Cluster>,
     extra: Vec<String>,
     stop: CancellationToken,
     dir: tempfile::TempDir,
@@ -152,15 +198,39 @@ impl Env {
     }
 
     pub async fn with(config: Config, extra: &[&str]) -> Self {
-        let client = Client::try_from(kube_config(&cluster().kubeconfig).await).unwrap();
+        Self::on(shared_cluster(), config, extra).await
+    }
+
+    /// A simulator and an operator whose clocks both run `factor` times as fast.
+    pub async fn scaled(factor: f64, extra: &[&str]) -> Self {
+        Self::on_scaled(shared_cluster(), Self::scaled_config(factor), extra).await
+    }
+
+    pub fn scaled_config(factor: f64) -> Config {
+        let origin = jiff::Timestamp::now().as_millisecond();
+        Config { speed: factor, clock: gemini_simulator::Clock::scaled(origin, factor), ..Config::default() }
+    }
+
+    /// The operator's clock agrees with the simulator's.
+    pub async fn on_scaled(cluster: Arc<Cluster>, config: Config, extra: &[&str]) -> Self {
+        let origin = format!("--clock-origin-unix-ms={}", config.clock.origin);
+        let factor = format!("--clock-factor={}", config.clock.factor);
+        let extra: Vec<&str> = extra.iter().copied().chain([origin.as_str(), factor.as_str()]).collect();
+        Self::on(cluster, config, &extra).await
+    }
+
+    /// The same on a cluster of the test's own.
+    pub async fn on(cluster: Arc<Cluster>, config: Config, extra: &[&str]) -> Self {
+        let client = Client::try_from(kube_config(&cluster.kubeconfig).await).unwrap();
         let namespaces: Api<Namespace> = Api::all(client.clone());
         let namespace = serde_json::from_value(json!({"metadata": {"generateName": "t-"}})).unwrap();
         let namespace = namespaces.create(&PostParams::default(), &namespace).await.unwrap().name_any();
         let sim = Simulator::start(config).await.unwrap();
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let (port, admin_port) = (free_port(), free_port());
         let dir = tempfile::tempdir().unwrap();
         let extra = extra.iter().map(|s| (*s).to_owned()).collect();
-        let env = Self { client, namespace, sim, port, extra, stop: CancellationToken::new(), dir };
+        let stop = CancellationToken::new();
+        let env = Self { client, namespace, sim, port, admin_port, cluster, extra, stop, dir };
         env.secret("gemini", &json!({"apiKey": "test-key"})).await;
         env
     }
@@ -178,7 +248,7 @@ impl Env {
             &format!("--external-url=http://127.0.0.1:{port}"),
             "--allow-insecure-callbacks",
             &format!("--listen=127.0.0.1:{port}"),
-            "--admin-listen=127.0.0.1:0",
+            &format!("--admin-listen=127.0.0.1:{}", self.admin_port),
         ]
         .map(str::to_owned)
         .to_vec();
@@ -196,7 +266,7 @@ impl Env {
             unreachable!("the arguments say run")
         };
         let args: RunArgs = *args;
-        let config = kube_config(&cluster().kubeconfig).await;
+        let config = kube_config(&self.cluster.kubeconfig).await;
         let mut parts = process::start(&args, config, timings, &self.stop).await.unwrap();
         tokio::spawn(async move { while parts.join_next().await.is_some() {} });
         self
@@ -204,12 +274,18 @@ impl Env {
 
     /// Starts the built binary. `crash_at` ends it at that step.
     pub fn spawn(&self, crash_at: Option<&str>) -> Process {
+        self.spawn_with(crash_at, &[])
+    }
+
+    /// The same with more flags.
+    pub fn spawn_with(&self, crash_at: Option<&str>, flags: &[&str]) -> Process {
         let log = self.dir.path().join(format!("operator-{}.log", rand_suffix()));
         let mut command = Command::new(env!("CARGO_BIN_EXE_gemini-batch-operator"));
         command
             .args(&self.args()[1..])
             .arg("--log-level=debug")
-            .env("KUBECONFIG", &cluster().kubeconfig)
+            .args(flags)
+            .env("KUBECONFIG", &self.cluster.kubeconfig)
             .env_remove("GBO_CRASH_AT")
             .stderr(std::fs::File::create(&log).unwrap());
         if let Some(at) = crash_at {
@@ -309,13 +385,19 @@ impl Env {
         self.sim.log().into_iter().filter(|e| e.op != Op::Jwks).collect()
     }
 
+    /// What `/metrics` says.
+    pub async fn metrics(&self) -> String {
+        let url = format!("http://127.0.0.1:{}/metrics", self.admin_port);
+        reqwest::get(url).await.unwrap().text().await.unwrap()
+    }
+
     pub fn count(&self, op: Op) -> usize {
         self.ops().into_iter().filter(|o| *o == op).count()
     }
 
     /// Writes of the operator in this namespace, from the API server's audit log: `(resource, verb)`.
     pub fn audited_writes(&self) -> Vec<(String, String)> {
-        let log = cluster().kubeconfig.parent().unwrap().join("audit.log");
+        let log = self.cluster.kubeconfig.parent().unwrap().join("audit.log");
         std::fs::read_to_string(log)
             .unwrap()
             .lines()
@@ -327,7 +409,10 @@ impl Env {
             })
             .map(|e| {
                 let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
-                (text(&e["objectRef"]["resource"]), text(&e["verb"]))
+                let resource = text(&e["objectRef"]["resource"]);
+                // The receivers name themselves in their writes.
+                let hint = text(&e["requestURI"]).contains("fieldManager=gemini-batch-receiver");
+                (if hint { "hints".to_owned() } else { resource }, text(&e["verb"]))
             })
             .collect()
     }
@@ -336,6 +421,30 @@ impl Env {
 impl Drop for Env {
     fn drop(&mut self) {
         self.stop.cancel();
+    }
+}
+
+/// Runs the real kubectl in the test's namespace: its output, or what it complained about.
+pub fn kubectl(env: &Env, args: &[&str]) -> Result<String, String> {
+    let out = Command::new(env.cluster.binary.with_file_name("kubectl"))
+        .arg(format!("--kubeconfig={}", env.cluster.kubeconfig.display()))
+        .arg(format!("--namespace={}", env.namespace))
+        .args(args)
+        .output()
+        .unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    if out.status.success() { Ok(text(out.stdout)) } else { Err(text(out.stderr)) }
+}
+
+/// A port below those that the kernel gives to clients, and given to no other test of this process.
+fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    loop {
+        let pid = u16::try_from(std::process::id() % 100).unwrap();
+        let port = 20_000 + (pid * 100 + NEXT.fetch_add(1, Ordering::Relaxed)) % 12_000;
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
     }
 }
 

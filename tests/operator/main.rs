@@ -11,9 +11,12 @@
 )]
 
 mod bad_input;
+mod callbacks;
 mod crashes;
 mod endings;
 mod harness;
+mod kubectl;
 mod main_job;
+mod outages;
 mod rules;
 mod unknown_outcomes;

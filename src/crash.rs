@@ -3,7 +3,7 @@
 
 /// Ends the process as SIGKILL would, if `GBO_CRASH_AT` is `when:step`.
 #[cfg(feature = "crash-points")]
-pub(super) fn at(when: &str, step: &str) {
+pub(crate) fn at(when: &str, step: &str) {
     if std::env::var("GBO_CRASH_AT").is_ok_and(|at| at.split_once(':') == Some((when, step))) {
         std::process::abort();
     }
@@ -11,4 +11,4 @@ pub(super) fn at(when: &str, step: &str) {
 
 /// Does nothing.
 #[cfg(not(feature = "crash-points"))]
-pub(super) fn at(_when: &str, _step: &str) {}
+pub(crate) fn at(_when: &str, _step: &str) {}

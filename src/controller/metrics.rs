@@ -1,0 +1,40 @@
+//! What the controller counts. Every label has a fixed set of values.
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+/// The controller's metrics. Cloning shares them.
+#[derive(Clone, Default)]
+pub struct Metrics {
+    /// Jobs with a callback that was not acted on to its end yet.
+    pub hints_waiting: Gauge,
+    /// Callbacks that were acted on: Gemini was asked until it confirmed the end, or often enough.
+    pub hints_observed: Counter,
+    /// Times that the key ring's Secret had vanished and was written back.
+    pub keyring_restored: Counter,
+}
+
+impl Metrics {
+    /// Registers everything. The registry brings the prefix, `gemini_batch`.
+    #[must_use]
+    pub fn register(registry: &mut Registry) -> Self {
+        let m = Self::default();
+        registry.register(
+            "callback_hints_waiting",
+            "Unfinished jobs whose last callback has not been acted on to its end",
+            m.hints_waiting.clone(),
+        );
+        registry.register(
+            "callback_hints_observed",
+            "Callbacks that were acted on to their end: it was confirmed, or Gemini went on saying that the batch runs",
+            m.hints_observed.clone(),
+        );
+        registry.register(
+            "callback_keyring_restored",
+            "Times that the key ring's Secret had vanished and was written back from memory",
+            m.keyring_restored.clone(),
+        );
+        m
+    }
+}

@@ -1,0 +1,304 @@
+//! Callbacks from outside to the end of a job: forged, repeated, reordered, early, late, and floods of them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use futures::{StreamExt as _, TryStreamExt as _};
+use gemini_batch_operator::api::{GeminiBatchJob, conditions};
+use gemini_simulator::{BatchView, Config, Effect, Fault, Op, Outcome, Switches};
+use kube::ResourceExt as _;
+use kube::api::{Patch, PatchParams};
+use kube::runtime::{WatchStreamExt as _, watcher};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use crate::harness::{Env, PATIENCE, is_true, ready, spec, state};
+
+/// The event of a batch's end, as the guide shows it.
+fn event(type_: &str, batch: &BatchView) -> String {
+    let id = batch.name.trim_start_matches("batches/");
+    json!({"type": type_, "version": "v1", "timestamp": "2026-09-01T10:00:00Z", "data": {"id": id}})
+        .to_string()
+}
+
+/// A job that runs until the test ends it, and its batch.
+async fn running(env: &Env, name: &str) -> BatchView {
+    env.create(name, spec(&["[[sim:job=stall]]"], None)).await;
+    let job = env.until(name, "running", |j| state(j) == "Running").await;
+    let batch = job.status.unwrap().attempts[0].batch_name.clone().unwrap();
+    env.sim.batches().into_iter().find(|b| b.name == batch).unwrap()
+}
+
+/// With whatever goes wrong with deliveries, a job finishes without the sweep, and Gemini is asked only a few times.
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_goes_wrong_with_a_delivery_the_job_ends_right() {
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=86400"]).await;
+    env.operator().await;
+    let faults = [
+        "duplicate",
+        "late=600",
+        "early",
+        "reordered",
+        "forged",
+        "old=90000",
+        "frozen",
+        "two-signatures",
+        "jwt",
+    ];
+    for (i, fault) in faults.iter().enumerate() {
+        env.create(&format!("job-{i}"), spec(&[&format!("[[sim:hook={fault}]]")], None)).await;
+    }
+    for (i, fault) in faults.iter().enumerate() {
+        let job = env.cleaned(&format!("job-{i}")).await;
+        assert_eq!(state(&job), "Succeeded", "{fault}");
+        let gets = env
+            .log()
+            .iter()
+            .filter(|e| {
+                e.op == Op::BatchGet && e.batch == job.status.as_ref().unwrap().attempts[0].batch_name
+            })
+            .count();
+        assert!(gets <= 4, "{fault}: {gets} GETs");
+    }
+    let forged: Vec<_> = env.sim.deliveries().into_iter().filter(|d| d.event == "forged").collect();
+    assert_eq!(forged.iter().map(|d| d.status).collect::<Vec<_>>(), [Some(401)]);
+}
+
+/// Far too old, or from the future: refused, and the genuine retry with a fresh timestamp is taken.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delivery_older_than_the_window_is_refused() {
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=2"]).await;
+    env.operator().await;
+    env.create("job", spec(&["[[sim:hook=old=94000]]"], None)).await;
+    assert_eq!(state(&env.cleaned("job").await), "Succeeded", "the sweep finds it");
+    assert!(env.sim.deliveries().iter().all(|d| d.status == Some(401)));
+    assert!(env.jobs().get("job").await.unwrap().status.unwrap().callback.is_none());
+}
+
+/// Every order of two deliveries each of three contradicting events: 6!/(2!·2!·2!) of them.
+fn orders() -> Vec<Vec<usize>> {
+    fn extend(order: &mut Vec<usize>, left: &mut [usize; 3], all: &mut Vec<Vec<usize>>) {
+        if order.len() == 6 {
+            all.push(order.clone());
+        }
+        for event in 0..3 {
+            if left[event] > 0 {
+                left[event] -= 1;
+                order.push(event);
+                extend(order, left, all);
+                order.pop();
+                left[event] += 1;
+            }
+        }
+    }
+    let mut all = Vec::new();
+    extend(&mut Vec::new(), &mut [2; 3], &mut all);
+    all
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_all_ninety_orders_what_get_says_last_is_the_end() {
+    const EVENTS: [&str; 3] = ["batch.succeeded", "batch.failed", "batch.expired"];
+    const ENDS: [(Outcome, &str, &str); 3] = [
+        (Outcome::Succeeded, "Succeeded", "Completed"),
+        (Outcome::Failed, "Failed", "BatchFailed"),
+        (Outcome::Expired, "Failed", "BatchExpired"),
+    ];
+    let env =
+        Env::with(Config { speed: 600.0, max_active: 1000, ..Config::default() }, &["--sweep-seconds=86400"])
+            .await;
+    env.operator().await;
+    let orders = orders();
+    assert_eq!(orders.len(), 90);
+    let transitions = watch_ends(&env).await;
+
+    for chunk in (0..orders.len()).collect::<Vec<_>>().chunks(15) {
+        let work = chunk.iter().map(|i| {
+            let (env, order) = (&env, &orders[*i]);
+            async move {
+                let name = format!("job-{i}");
+                let batch = running(env, &name).await;
+                let (outcome, end, reason) = ENDS[i % 3];
+                // GET's answer changes after so many deliveries; the events say what they like.
+                let change_after = i % 6;
+                for (n, event_index) in order.iter().enumerate() {
+                    if n == change_after {
+                        env.sim.finish(&batch.name, outcome); // and its own genuine event comes, in between
+                    }
+                    let id = format!("msg_{i}_{event_index}");
+                    let status =
+                        env.sim.post_signed(&batch.uris[0], &id, &event(EVENTS[*event_index], &batch)).await;
+                    assert!(matches!(status, Some(200 | 503)), "{status:?}");
+                }
+                let job = env.cleaned(&name).await;
+                assert_eq!((state(&job), ready(&job).1.as_str()), (end, reason), "order {i}: {order:?}");
+            }
+        });
+        futures::future::join_all(work).await;
+    }
+    let transitions = transitions.lock().unwrap();
+    assert_eq!(transitions.len(), 90);
+    assert!(transitions.values().all(|n| *n == 1), "{transitions:?}");
+}
+
+/// How often each job was seen to become finished, or to change its end.
+async fn watch_ends(env: &Env) -> Arc<Mutex<HashMap<String, usize>>> {
+    let seen: Arc<Mutex<HashMap<String, usize>>> = Arc::default();
+    let (jobs, counts) = (env.jobs(), Arc::clone(&seen));
+    let mut last: HashMap<String, Value> = HashMap::new();
+    tokio::spawn(async move {
+        let mut stream = std::pin::pin!(watcher(jobs, watcher::Config::default()).applied_objects());
+        while let Ok(Some(job)) = stream.try_next().await {
+            if !is_true(&job, conditions::FINISHED) {
+                continue;
+            }
+            let status = job.status.as_ref().unwrap();
+            let end = json!([status.state, status.completion_time, ready(&job).1]);
+            if last.insert(job.name_any(), end.clone()) != Some(end) {
+                *counts.lock().unwrap().entry(job.name_any()).or_default() += 1;
+            }
+        }
+    });
+    seen
+}
+
+/// Whoever holds a job's URL can make the operator look, but not make it ask Gemini without end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_hints_cost_few_requests_and_change_nothing() {
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=86400"]).await;
+    let mut timings = crate::harness::timings();
+    timings.look_window = jiff::SignedDuration::from_mins(1);
+    env.operator_with(timings).await;
+    running(&env, "job").await;
+    // Past the receiver, whose own limit would let a handful through.
+    for i in 0..1000 {
+        let callback = json!({"webhookId": format!("msg_{i}"), "type": "batch.succeeded", "attempt": 1,
+            "receivedTime": "2026-09-01T10:00:00.000000Z"});
+        let patch = Patch::Merge(json!({"status": {"callback": callback}}));
+        env.jobs().patch_status("job", &PatchParams::default(), &patch).await.unwrap();
+    }
+    let job = env.jobs().get("job").await.unwrap();
+    assert_eq!(state(&job), "Running");
+    assert!(env.count(Op::BatchGet) <= 5, "{}", env.count(Op::BatchGet));
+    assert!(env.metrics().await.contains("gemini_batch_callback_hints_waiting 1"));
+}
+
+/// Ten thousand verified callbacks for one job: a handful of writes, and the one that was put off is taken later.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_of_verified_callbacks_writes_little() {
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=86400"]).await;
+    env.operator().await;
+    let batch = running(&env, "job").await;
+    let body = event("batch.succeeded", &batch);
+    let started = Instant::now();
+    let statuses: Vec<Option<u16>> = futures::stream::iter(0..10_000)
+        .map(|i| {
+            let (sim, uri, body) = (&env.sim, &batch.uris[0], &body);
+            async move { sim.post_signed(uri, &format!("msg_{i}"), body).await }
+        })
+        .buffer_unordered(32)
+        .collect()
+        .await;
+    let allowed = 5 + started.elapsed().as_secs() / 10 + 1;
+    let taken = statuses.iter().filter(|s| **s == Some(200)).count() as u64;
+    assert!((5..=allowed).contains(&taken), "{taken} of at most {allowed}");
+    assert!(statuses.iter().all(|s| matches!(s, Some(200 | 503))), "never another answer");
+    let hints = env.audited_writes().into_iter().filter(|(resource, _)| resource == "hints").count() as u64;
+    assert!(hints <= allowed, "{hints}");
+    // The end is told in the midst of it: put off, retried by the sender, and found.
+    env.sim.finish(&batch.name, Outcome::Succeeded);
+    assert_eq!(state(&env.finished("job").await), "Succeeded");
+}
+
+/// URIs in payloads are never fetched, and keys never taken from where a signature says.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_in_a_payload_is_ever_called() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let env = Env::new().await;
+    env.operator().await;
+    let batch = running(&env, "job").await;
+    let id = batch.name.trim_start_matches("batches/");
+    for (i, data) in [
+        json!({"id": id, "output_file_uri": format!("http://{address}/out.jsonl"), "file_name": format!("http://{address}/x")}),
+        json!({"id": format!("http://{address}/../batches/x")}),
+        json!({"id": "../../files/x"}),
+        json!({"id": "x%2e%2e%2fy"}),
+        json!({"id": "x\ny"}),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let body = json!({"type": "batch.succeeded", "version": "v1", "data": data}).to_string();
+        let answer = env.sim.post_signed(&batch.uris[0], &format!("msg_{i}"), &body).await;
+        assert_eq!(answer, Some(200), "a hint all the same");
+    }
+    env.sim.finish(&batch.name, Outcome::Succeeded);
+    assert_eq!(state(&env.cleaned("job").await), "Succeeded");
+    let known = |e: &gemini_simulator::LogEntry| {
+        e.op != Op::Unknown && !e.path.contains("..") && !e.path.contains('%')
+    };
+    assert!(env.log().iter().all(known), "{:#?}", env.log());
+    let called = tokio::time::timeout(Duration::from_millis(10), listener.accept()).await;
+    assert!(called.is_err(), "somebody called what a payload named");
+}
+
+/// A key roll at Google: the next callback makes us fetch the new key.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_roll_loses_no_callback() {
+    let env = Env::scaled(60.0, &["--sweep-seconds=864000"]).await;
+    env.operator_with(gemini_batch_operator::controller::Timings::default()).await;
+    for i in 0..4 {
+        let name = format!("job-{i}");
+        env.create(&name, spec(&["x"], None)).await;
+        assert_eq!(state(&env.cleaned(&name).await), "Succeeded");
+        env.sim.roll_keys();
+    }
+    assert!(env.sim.log().iter().filter(|e| e.op == Op::Jwks).count() >= 2, "the new keys were fetched");
+}
+
+/// Google's key endpoint is away for an hour: the keys at hand serve on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_endpoint_that_is_down_loses_no_callback() {
+    let env = Env::scaled(600.0, &["--sweep-seconds=8640000"]).await;
+    env.operator_with(gemini_batch_operator::controller::Timings::default()).await;
+    env.create("before", spec(&["x"], None)).await;
+    env.cleaned("before").await;
+    let effect = Effect::Status { code: 503, commit: false, envelope: true, retry_after: None };
+    env.sim.fault(Fault { op: Op::Jwks, contains: String::new(), skip: 0, times: 1_000_000, effect });
+    let start = env.sim.now();
+    let mut n = 0;
+    while env.sim.now().duration_since(start) < jiff::SignedDuration::from_hours(1) {
+        let name = format!("during-{n}");
+        env.create(&name, spec(&["x"], None)).await;
+        assert_eq!(state(&env.cleaned(&name).await), "Succeeded");
+        n += 1;
+    }
+    assert!(env.sim.log().iter().any(|e| e.op == Op::Jwks && e.status == "503"), "it was asked in vain");
+    assert!(env.sim.deliveries().iter().all(|d| d.status == Some(200)));
+}
+
+/// A hint that was early is told apart from one that led to the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hint_that_waits_is_told_from_one_that_was_acted_on() {
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=86400"]).await;
+    let mut timings = crate::harness::timings();
+    timings.hint_pauses = vec![jiff::SignedDuration::from_secs(2)];
+    env.operator_with(timings).await;
+    let batch = running(&env, "job").await;
+    env.sim.post_signed(&batch.uris[0], "msg_1", &event("batch.succeeded", &batch)).await;
+    let waits = |job: &GeminiBatchJob| ready(job).2.contains("a callback said batch.succeeded");
+    env.until("job", "told of the waiting hint", waits).await;
+    assert!(env.metrics().await.contains("gemini_batch_callback_hints_waiting 1"));
+    env.until("job", "done looking", |j| !waits(j)).await;
+    let start = Instant::now();
+    while !env.metrics().await.contains("gemini_batch_callback_hints_waiting 0") {
+        assert!(start.elapsed() < PATIENCE);
+        tokio::task::yield_now().await;
+    }
+    assert!(env.metrics().await.contains("gemini_batch_callback_hints_observed_total 1"));
+    env.sim.finish(&batch.name, Outcome::Succeeded);
+    assert_eq!(state(&env.finished("job").await), "Succeeded");
+    env.sim.set(Switches::default());
+}

@@ -1,0 +1,85 @@
+//! The API server is away, the receiver is killed: no callback is lost. Each test has a control plane of its own.
+
+use std::sync::Arc;
+
+use gemini_batch_operator::controller::Timings;
+use gemini_simulator::{Config, Op, Outcome, Switches};
+
+use crate::harness::{Cluster, Env, spec, state};
+
+/// So long that no test sees one, on any clock.
+const NO_SWEEP: &str = "--sweep-seconds=4000000000";
+
+/// Jobs run; the API server goes away; all batches end and their callbacks find a receiver that can't store them;
+/// it comes back. `factor` speeds up the clocks of both sides.
+async fn outage(factor: f64, simulated: jiff::SignedDuration, switches: Switches) {
+    const JOBS: usize = 200;
+    let cluster = Arc::new(Cluster::start());
+    let mut config = Env::scaled_config(factor);
+    config.max_active = 1000;
+    let env = Env::on_scaled(Arc::clone(&cluster), config, &[NO_SWEEP, "--concurrency=64"]).await;
+    env.sim.set(switches);
+    env.operator_with(Timings::default()).await;
+    for i in 0..JOBS {
+        env.create(&format!("job-{i}"), spec(&["[[sim:job=stall]]"], None)).await;
+    }
+    for i in 0..JOBS {
+        env.until(&format!("job-{i}"), "running", |j| state(j) == "Running").await;
+    }
+
+    cluster.ctl("stop", "kube-apiserver");
+    let start = env.sim.now();
+    for batch in env.sim.batches() {
+        env.sim.finish(&batch.name, Outcome::Succeeded);
+    }
+    while env.sim.now().duration_since(start) < simulated {
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await; // the outage itself
+    }
+    let tried = env.sim.deliveries();
+    assert!(tried.len() >= JOBS, "{} deliveries during the outage", tried.len());
+    assert!(tried.iter().all(|d| d.status != Some(200)), "nothing is acknowledged that is not stored");
+    cluster.ctl("start", "kube-apiserver");
+
+    for i in 0..JOBS {
+        assert_eq!(state(&env.cleaned(&format!("job-{i}")).await), "Succeeded");
+    }
+    assert_eq!(env.count(Op::BatchCreate), JOBS);
+    assert_eq!(env.count(Op::BatchList), 0, "no sweep was needed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_api_server_away_for_a_minute_loses_no_callback() {
+    outage(6.0, jiff::SignedDuration::from_mins(1), Switches::default()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_hours_outage_with_frozen_timestamps_loses_no_callback() {
+    let frozen = Switches { frozen_timestamps: true, ..Switches::default() };
+    outage(300.0, jiff::SignedDuration::from_hours(1), frozen).await;
+}
+
+/// The receiver dies at a step of a delivery; the sender comes again and the job ends.
+async fn receiver_dies(at: &str) {
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &[NO_SWEEP]).await;
+    let _controller = env.spawn_with(None, &["--role=controller", "--admin-listen=127.0.0.1:0"]);
+    let mut receiver = env.spawn_with(Some(at), &["--role=receiver"]);
+    env.create("job", spec(&["x"], Some("out"))).await;
+    receiver.ended().await;
+    let _again = env.spawn_with(None, &["--role=receiver"]);
+    let job = env.cleaned("job").await;
+    assert_eq!(state(&job), "Succeeded", "{at}");
+    assert_eq!((env.count(Op::BatchCreate), env.count(Op::BatchList)), (1, 0), "{at}");
+    // However often it was delivered, and even if it was acknowledged to nobody.
+    let last = env.sim.deliveries().into_iter().next_back().unwrap();
+    assert!(
+        last.status == Some(200) || at.ends_with("written") || at.ends_with("remembered"),
+        "{at}: {last:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_receiver_killed_at_any_step_of_a_delivery_loses_nothing() {
+    for step in ["addressed", "verified", "writing", "written", "remembered"] {
+        receiver_dies(&format!("receiver:{step}")).await;
+    }
+}
