@@ -8,8 +8,9 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
-use futures::StreamExt as _;
+use backon::ExponentialBuilder;
 use futures::channel::mpsc;
+use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::core::DeserializeGuard;
@@ -150,17 +151,21 @@ pub async fn run(ctx: Arc<Context>, ring: super::ring::Place, stop: Cancellation
         None => Api::all(ctx.client.clone()),
         Some(namespace) => Api::namespaced(ctx.client.clone(), namespace),
     };
-    let stream = watcher(jobs, watcher::Config::default().page_size(100))
-        .default_backoff()
-        .modify(strip)
-        .reflect(writer)
-        .touched_objects();
+    let stream =
+        visible(watcher(jobs, watcher::Config::default().page_size(100)).modify(strip).reflect(writer));
+    // Short: after an outage of the API server jobs shall go on soon. One list and one watch are asked for.
+    let pauses = ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(500))
+        .with_max_delay(Duration::from_secs(10))
+        .with_jitter()
+        .without_max_times();
 
     let sweep = tokio::spawn(super::sweep::run(Arc::clone(&ctx), store.clone(), poke, stop.child_token()));
     let ring =
         tokio::spawn(super::ring::keep_current(Arc::clone(&ctx), ring, store.clone(), stop.child_token()));
     Controller::for_stream(stream, store)
         .with_config(Config::default().concurrency(ctx.concurrency))
+        .trigger_backoff(watcher::ExponentialBackoff::from(pauses))
         .reconcile_on(poked)
         .graceful_shutdown_on(stop.clone().cancelled_owned())
         .run(reconcile, on_error, ctx)
@@ -171,6 +176,31 @@ pub async fn run(ctx: Arc<Context>, ring: super::ring::Place, stop: Cancellation
             tracing::error!("{name} ended by a panic");
         }
     }
+}
+
+/// Jobs as they become visible in the cache. While a list is being read, the cache shows what was there before
+/// it: a job that was woken then would be judged by its old version, and not be woken again.
+fn visible(
+    events: impl Stream<Item = watcher::Result<watcher::Event<Guarded>>>,
+) -> impl Stream<Item = watcher::Result<Guarded>> {
+    let mut listed = Vec::new();
+    events
+        .map_ok(move |event| {
+            let seen = match event {
+                watcher::Event::Init => {
+                    listed.clear();
+                    Vec::new()
+                }
+                watcher::Event::InitApply(job) => {
+                    listed.push(job);
+                    Vec::new()
+                }
+                watcher::Event::InitDone => std::mem::take(&mut listed),
+                watcher::Event::Apply(job) | watcher::Event::Delete(job) => vec![job],
+            };
+            futures::stream::iter(seen.into_iter().map(Ok))
+        })
+        .try_flatten()
 }
 
 /// What the cache does not need: payloads.

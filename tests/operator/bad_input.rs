@@ -179,7 +179,7 @@ async fn a_file_that_gemini_refuses_is_final_and_names_the_lines() {
 async fn no_key_and_no_prompt_is_shown_anywhere() {
     let keys = Some(vec![("CANARY-KEY-good".to_owned(), "p".to_owned())]);
     let env = Env::with(Config { speed: 600.0, keys, ..Config::default() }, &[]).await;
-    let operator = env.spawn(None);
+    let operator = env.spawn_with(None, &["--log-level=trace"]);
     env.secret("gemini", &json!({"apiKey": "CANARY-KEY-bad"})).await;
     env.create("job", spec(&["CANARY-PROMPT [[sim:error-echo]]", "CANARY-PROMPT fine"], Some("out"))).await;
     env.stalled("job", "CredentialsRefused").await;

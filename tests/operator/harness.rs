@@ -5,14 +5,14 @@ use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, Once, OnceLock};
 use std::time::{Duration, Instant};
 
 use clap::Parser as _;
 use gemini_batch_operator::api::{GeminiBatchJob, conditions};
 use gemini_batch_operator::config::{Cli, Command as Sub, RunArgs};
 use gemini_batch_operator::controller::Timings;
-use gemini_batch_operator::process;
+use gemini_batch_operator::{process, telemetry};
 use gemini_simulator::{Config, LogEntry, Op, Simulator};
 use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Secret};
@@ -266,6 +266,11 @@ impl Env {
             unreachable!("the arguments say run")
         };
         let args: RunArgs = *args;
+        // For whoever looks into a test: GBO_TEST_LOG=debug.
+        static LOG: Once = Once::new();
+        if let Ok(level) = std::env::var("GBO_TEST_LOG") {
+            LOG.call_once(|| telemetry::init(&level, telemetry::LogFormat::Text).unwrap());
+        }
         let config = kube_config(&self.cluster.kubeconfig).await;
         let mut parts = process::start(&args, config, timings, &self.stop).await.unwrap();
         tokio::spawn(async move { while parts.join_next().await.is_some() {} });
@@ -277,14 +282,17 @@ impl Env {
         self.spawn_with(crash_at, &[])
     }
 
-    /// The same with more flags.
+    /// The same with more flags, or other values of those it has.
     pub fn spawn_with(&self, crash_at: Option<&str>, flags: &[&str]) -> Process {
+        let name = |flag: &str| flag.split('=').next().unwrap_or_default().to_owned();
+        let mut args = self.args().split_off(1);
+        args.retain(|arg| !flags.iter().any(|flag| name(flag) == name(arg)));
         let log = self.dir.path().join(format!("operator-{}.log", rand_suffix()));
         let mut command = Command::new(env!("CARGO_BIN_EXE_gemini-batch-operator"));
         command
-            .args(&self.args()[1..])
-            .arg("--log-level=debug")
+            .args(args)
             .args(flags)
+            .env("GBO_LOG_LEVEL", "info,gemini_batch_operator=debug")
             .env("KUBECONFIG", &self.cluster.kubeconfig)
             .env_remove("GBO_CRASH_AT")
             .stderr(std::fs::File::create(&log).unwrap());
@@ -346,9 +354,10 @@ impl Env {
         } else {
             let job = self.jobs().get_opt(name).await.unwrap();
             panic!(
-                "{name} did not become {what}:\n{}\nrequests: {:#?}",
+                "{name} did not become {what}:\n{}\nlast requests: {:?}\nlast deliveries: {:#?}",
                 serde_json::to_string_pretty(&job.map(|j| j.status)).unwrap(),
-                self.ops()
+                self.ops().iter().rev().take(30).collect::<Vec<_>>(),
+                self.sim.deliveries().iter().rev().take(3).collect::<Vec<_>>(),
             );
         }
     }
