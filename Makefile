@@ -35,6 +35,13 @@ test: toolchain control-plane ## Run all tests: unit, property, a real API serve
 	GBO_DEVCLUSTER="$$(hack/devcluster/ensure.sh)" $(CARGO) test --workspace --locked --features crash-points
 	@echo "== Go tests (control plane launcher)"
 	cd hack/devcluster && CGO_ENABLED=0 GOFLAGS=-mod=readonly go test -trimpath ./...
+	cd "$(CURDIR)" && $(MAKE) test-sdk
+
+.PHONY: test-sdk
+test-sdk: ## The official Python SDK against the simulator
+	@echo "== The official Python SDK against the simulator"
+	$(CARGO) build -p gemini-simulator --locked
+	GBO_SIMULATOR="$(TARGET_DIR)/debug/gemini-simulator" tests/sdk/run.sh
 
 # ------------------------------------------------------------------------------- for developers
 

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::error::ApiError;
 use crate::state::{Caller, Effect, Fault, LogEntry, Op, Outcome, Shared, Switches, hash};
-use crate::{batches, files};
+use crate::{batches, files, registered};
 
 const MAX_BODY: usize = 256 << 20;
 
@@ -92,7 +92,10 @@ fn route(method: &Method, path: &str, headers: &HeaderMap, query: &[(String, Str
     let trimmed = path.trim_start_matches("/resumable");
     if trimmed.starts_with("/upload/") {
         let command = headers.get("x-goog-upload-command").and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let files = matches!(trimmed, "/upload/v1beta/files" | "/upload/v1/files");
+        // PUT: what clients of Google's general protocol send chunks with
         return match (upload, command) {
+            _ if !files || !matches!(method.as_str(), "POST" | "PUT") => (Op::Unknown, String::new()),
             (None, _) => (Op::UploadStart, String::new()),
             (Some(id), c) if c.contains("query") => (Op::UploadQuery, id),
             (Some(id), c) if c.contains("cancel") => (Op::UploadCancel, id),
@@ -102,8 +105,8 @@ fn route(method: &Method, path: &str, headers: &HeaderMap, query: &[(String, Str
     if path == "/.well-known/jwks.json" {
         return (Op::Jwks, String::new());
     }
-    let path = path.strip_prefix("/download").unwrap_or(path);
-    let Some(rest) = path.strip_prefix("/v1beta/").or_else(|| path.strip_prefix("/v1/")) else {
+    let inner = path.strip_prefix("/download").unwrap_or(path);
+    let Some(rest) = inner.strip_prefix("/v1beta/").or_else(|| inner.strip_prefix("/v1/")) else {
         return (Op::Unknown, String::new());
     };
     let (name, verb) = rest.rsplit_once(':').unwrap_or((rest, ""));
@@ -115,6 +118,16 @@ fn route(method: &Method, path: &str, headers: &HeaderMap, query: &[(String, Str
         ("GET", "batches", "", false) => Op::BatchList,
         ("POST", "batches", "cancel", true) => Op::BatchCancel,
         ("DELETE", "batches", "", true) => Op::BatchDelete,
+        ("PATCH", "batches", "updateGenerateContentBatch" | "updateEmbedContentBatch", true) => {
+            Op::BatchUpdate
+        }
+        ("POST", "webhooks", "", false) => Op::WebhookCreate,
+        ("GET", "webhooks", "", false) => Op::WebhookList,
+        ("GET", "webhooks", "", true) => Op::WebhookGet,
+        ("PATCH", "webhooks", "", true) => Op::WebhookUpdate,
+        ("DELETE", "webhooks", "", true) => Op::WebhookDelete,
+        ("POST", "webhooks", "ping", true) => Op::WebhookPing,
+        ("POST", "webhooks", "rotateSigningSecret", true) => Op::WebhookRotate,
         ("GET", "files", "download", true) => Op::Download,
         ("GET", "files", "", true) => Op::FileGet,
         ("GET", "files", "", false) => Op::FileList,
@@ -129,7 +142,8 @@ async fn handle(
     request: Request<hyper::body::Incoming>,
 ) -> Result<Response<Body>, Reset> {
     let (parts, body) = request.into_parts();
-    let body = to_bytes(Body::new(body), MAX_BODY).await.unwrap_or_default();
+    // Too big, or broken off: nothing that could be answered.
+    let body = to_bytes(Body::new(body), MAX_BODY).await.map_err(|_| Reset)?;
     let path = parts.uri.path().to_owned();
     let query: Vec<(String, String)> =
         url::form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes()).into_owned().collect();
@@ -161,12 +175,12 @@ async fn handle(
         dispatch(shared, key.as_deref(), &request, &mut subject)
     };
     let (result, status) = match effect {
-        None => settle(work(shared)),
+        None => settle(op, work(shared)),
         Some(Effect::Status { code, commit, envelope, retry_after }) => {
             if commit {
                 let _ = work(shared);
             }
-            (Ok(refusal(code, envelope, retry_after)), code.to_string())
+            (Ok(refusal(op, code, envelope, retry_after)), code.to_string())
         }
         Some(Effect::Reset { commit }) => {
             if commit {
@@ -174,20 +188,24 @@ async fn handle(
             }
             (Err(Reset), "reset".to_owned())
         }
-        Some(Effect::Truncate) => (Ok(truncated(settle(work(shared)).0).await), "truncated".to_owned()),
+        Some(Effect::Truncate) => (Ok(truncated(settle(op, work(shared)).0).await), "truncated".to_owned()),
+        Some(Effect::Header { name, value }) => {
+            let (response, status) = settle(op, work(shared));
+            (response.map(|r| with_header(r, &name, value.as_deref())), status)
+        }
         Some(Effect::DelayAnswer { millis }) => {
-            let done = settle(work(shared));
+            let done = settle(op, work(shared));
             finish(shared, seq, &mut subject, "");
             tokio::time::sleep(Duration::from_millis(millis)).await;
             done
         }
         Some(Effect::Delay { millis }) => {
             tokio::time::sleep(Duration::from_millis(millis)).await;
-            settle(work(shared))
+            settle(op, work(shared))
         }
         Some(Effect::CommitLate { seconds }) => {
             late(shared, seconds, key.clone(), op, &name, &path, &parts.headers, &query, &json, &body);
-            (Ok(refusal(503, true, None)), "503".to_owned())
+            (Ok(refusal(op, 503, true, None)), "503".to_owned())
         }
     };
     finish(shared, seq, &mut subject, &status);
@@ -236,31 +254,38 @@ fn dispatch(
                 _ => files::download(shared, &caller, name),
             }
         }
-        Op::FileList => Ok(files::list(shared, &caller, query)),
+        Op::FileList => files::list(shared, &caller, query),
         Op::BatchCreate => {
             if !json.is_object() {
                 return Err(ApiError::invalid("Invalid JSON payload received."));
             }
-            let embed = path.ends_with(":asyncBatchEmbedContent");
-            batches::create(shared, &caller, name, embed, json, body.len(), subject)
+            batches::create(shared, &caller, name, path, json, body.len(), subject)
         }
-        Op::BatchList => Ok(batches::list(shared, &caller, query)),
+        Op::BatchList => batches::list(shared, &caller, query),
+        Op::WebhookCreate => registered::create(shared, &caller, json),
+        Op::WebhookList => registered::list(shared, &caller, query),
+        Op::WebhookGet => registered::get(shared, &caller, name),
+        Op::WebhookUpdate => registered::update(shared, &caller, name, json),
+        Op::WebhookDelete => registered::delete(shared, &caller, name),
+        Op::WebhookPing => registered::ping(shared, &caller, name),
+        Op::WebhookRotate => registered::rotate(shared, &caller, name, json),
         _ => {
             subject.batch = Some(name.to_owned());
             match op {
                 Op::BatchGet => batches::get(shared, &caller, name),
                 Op::BatchCancel => batches::cancel(shared, &caller, name),
+                Op::BatchUpdate => batches::update(shared, &caller, name, query, json),
                 _ => batches::delete(shared, &caller, name),
             }
         }
     }
 }
 
-fn settle(result: Result<Answer, ApiError>) -> (Result<Response<Body>, Reset>, String) {
+fn settle(op: Op, result: Result<Answer, ApiError>) -> (Result<Response<Body>, Reset>, String) {
     match result {
         Ok(answer) => (Ok(answer.into_response()), "200".to_owned()),
         Err(error) => {
-            let mut response = Answer::json(error.envelope()).into_response();
+            let mut response = ends_upload(op, Answer::json(error.envelope())).into_response();
             *response.status_mut() =
                 StatusCode::from_u16(error.code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
             (Ok(response), error.code.to_string())
@@ -268,14 +293,35 @@ fn settle(result: Result<Answer, ApiError>) -> (Result<Response<Body>, Reset>, S
     }
 }
 
-fn refusal(code: u16, envelope: bool, retry_after: Option<u32>) -> Response<Body> {
+/// A refused upload says that it is over: without that header the SDK sends its chunk again.
+fn ends_upload(op: Op, answer: Answer) -> Answer {
+    match op {
+        Op::UploadStart | Op::UploadChunk | Op::UploadQuery | Op::UploadCancel => {
+            answer.header("x-goog-upload-status", "final")
+        }
+        _ => answer,
+    }
+}
+
+fn with_header(mut response: Response<Body>, name: &str, value: Option<&str>) -> Response<Body> {
+    if let Ok(name) = name.parse::<http::HeaderName>() {
+        match value.and_then(|v| HeaderValue::from_str(v).ok()) {
+            Some(value) => response.headers_mut().insert(name, value),
+            None => response.headers_mut().remove(name),
+        };
+    }
+    response
+}
+
+fn refusal(op: Op, code: u16, envelope: bool, retry_after: Option<u32>) -> Response<Body> {
     let error = if code == 429 {
         ApiError::exhausted()
     } else {
         ApiError::new(code, crate::error::default_status(code), crate::error::default_message(code))
     };
     let mut answer = if envelope {
-        Answer::json(error.envelope())
+        // Only what comes from the service itself knows of uploads.
+        ends_upload(op, Answer::json(error.envelope()))
     } else {
         Answer::bytes("text/html", Bytes::from_static(b"<html>Error</html>"))
     };
@@ -328,11 +374,17 @@ fn late(
     });
 }
 
+/// The token of `Bearer TOKEN`; the scheme's case does not matter.
+fn bearer(value: &str) -> Option<&str> {
+    let (scheme, token) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+}
+
 /// The key, from wherever it may stand.
 fn key_of(headers: &HeaderMap, query: &[(String, String)]) -> Option<String> {
     let header = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
     header("x-goog-api-key")
-        .or_else(|| header("authorization").and_then(|v| v.strip_prefix("Bearer ")))
+        .or_else(|| header("authorization").and_then(bearer))
         .map(ToOwned::to_owned)
         .or_else(|| query.iter().find(|(k, _)| k == "key").map(|(_, v)| v.clone()))
 }
@@ -384,7 +436,9 @@ fn begin(
         batch: None,
         display_name: None,
         bytes: body.len(),
-        body: matches!(op, Op::BatchCreate).then(|| json.clone()),
+        // one that is over the limit would only make the log hard to read
+        body: (matches!(op, Op::BatchCreate) && body.len() <= batches::MAX_INLINE_BYTES)
+            .then(|| json.clone()),
     });
     seq
 }
@@ -414,6 +468,11 @@ fn control_api(shared: &Arc<Shared>, method: &Method, path: &str, body: &Bytes) 
                 json!("ok")
             })
             .map_err(|e| e.to_string()),
+        // only those that are named
+        ("PATCH", "switches") => serde_json::from_slice(body)
+            .map_err(|e| e.to_string())
+            .and_then(|changes| shared.lock().switches.change(changes))
+            .map(|()| json!("ok")),
         ("POST", "faults") => serde_json::from_slice::<Fault>(body)
             .map(|fault| {
                 shared.lock().faults.push(fault);

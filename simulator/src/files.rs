@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::api::{Answer, Subject};
 use crate::batches::{page_of, page_size};
 use crate::error::ApiError;
-use crate::state::{Caller, FileRec, Shared, State, UploadRec, hash, random_id};
+use crate::state::{Caller, FileRec, Shared, UploadRec, hash, random_id};
 
 const MAX_FILE_BYTES: usize = 2 << 30;
 
@@ -20,7 +20,7 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name).and_then(|v| v.to_str().ok())
 }
 
-/// First call of an upload. The SDK says the size in a header, some clients in the body.
+/// First call of an upload. The size comes in a header, or is not told.
 pub(crate) fn start(
     shared: &Arc<Shared>,
     caller: &Caller,
@@ -29,6 +29,12 @@ pub(crate) fn start(
     path: &str,
     subject: &mut Subject,
 ) -> Result<Answer, ApiError> {
+    let says = |name, word| header(headers, name).is_some_and(|v| v.to_ascii_lowercase().contains(word));
+    if !says("x-goog-upload-protocol", "resumable") || !says("x-goog-upload-command", "start") {
+        return Err(ApiError::invalid(
+            "Only resumable uploads are simulated; they begin with the command start.",
+        ));
+    }
     let file = &body["file"];
     let text = |names: [&str; 2]| names.into_iter().find_map(|n| file[n].as_str()).map(ToOwned::to_owned);
     let name = match text(["name", "name"]).filter(|n| !n.is_empty()) {
@@ -110,27 +116,28 @@ pub(crate) fn command(
         let file = inner.files.get(&done).map(|f| view(shared, f));
         return Ok(Answer::json(json!({"file": file})).header("x-goog-upload-status", "final"));
     }
-    let final_error = |message: &str| ApiError::invalid(message);
     if words.contains(&"upload") {
         let offset: usize = header(headers, "x-goog-upload-offset")
             .and_then(|v| v.parse().ok())
-            .ok_or_else(|| final_error("Missing or invalid X-Goog-Upload-Offset"))?;
-        if offset != upload.content.len() {
-            return Err(final_error("The offset does not match what was received"));
-        }
-        upload.content.extend_from_slice(body);
+            .ok_or_else(|| ApiError::invalid("Missing or invalid X-Goog-Upload-Offset"))?;
+        // Bytes that are there already are passed over: the SDK sends a chunk again whose answer it can't read.
+        let Some(known) = upload.content.len().checked_sub(offset) else {
+            return Err(ApiError::invalid("The offset does not match what was received"));
+        };
+        upload.content.extend_from_slice(body.get(known..).unwrap_or_default());
     }
     if !words.contains(&"finalize") {
         return Ok(Answer::json(json!({})).header("x-goog-upload-status", "active"));
     }
     if upload.expected.is_some_and(|e| e != upload.content.len()) {
-        return Err(final_error("The size does not match what was announced"));
+        return Err(ApiError::invalid("The size does not match what was announced"));
     }
     let name = upload.name.clone().unwrap_or_else(|| format!("files/{}", random_id(12)));
     let file = FileRec {
         name: name.clone(),
         display_name: upload.display_name.clone(),
         mime_type: upload.mime_type.clone(),
+        sha256: hash(&upload.content),
         content: Bytes::from(std::mem::take(&mut upload.content)),
         project: upload.project.clone(),
         created: now,
@@ -151,7 +158,7 @@ fn view(shared: &Shared, file: &FileRec) -> Value {
         "createTime": file.created.to_string(),
         "updateTime": file.created.to_string(),
         "expirationTime": expires.to_string(),
-        "sha256Hash": STANDARD.encode(hash(&file.content)),
+        "sha256Hash": STANDARD.encode(&file.sha256),
         "uri": format!("{}/v1beta/{}", shared.base_url, file.name),
         "state": "ACTIVE",
         "source": "UPLOADED",
@@ -175,12 +182,46 @@ pub(crate) fn usable<'a>(
 }
 
 pub(crate) fn get(shared: &Shared, caller: &Caller, name: &str) -> Result<Answer, ApiError> {
-    let inner = shared.lock();
     let id = name.trim_start_matches("files/");
+    if id.starts_with("batch-") {
+        return Ok(Answer::json(result(shared, caller, id)?.0));
+    }
+    let inner = shared.lock();
     match usable(&inner.files, name, &caller.project, shared.now()) {
         Some(file) => Ok(Answer::json(view(shared, file))),
         None => Err(ApiError::no_file(id)),
     }
+}
+
+/// A result file: what GET shows of it, and its content.
+fn result(shared: &Shared, caller: &Caller, id: &str) -> Result<(Value, Bytes), ApiError> {
+    let now = shared.now();
+    let mut inner = shared.lock();
+    let life = SignedDuration::try_from_secs_f64(inner.switches.output_life_hours * 3600.0);
+    let batch = inner.visible(id.trim_start_matches("batch-"), caller).map_err(|_| ApiError::no_file(id))?;
+    let (Some(ended), Some(content)) = (batch.ended, &batch.output) else {
+        return Err(ApiError::no_file(id));
+    };
+    let expires = ended.checked_add(life.unwrap_or(SignedDuration::MAX)).unwrap_or(Timestamp::MAX);
+    let readable = batch.file.is_some() && batch.readable_from.is_none_or(|t| t <= now) && now < expires;
+    if !readable {
+        return Err(ApiError::no_file(id));
+    }
+    let uri = format!("{}/v1beta/files/{id}", shared.base_url);
+    let view = json!({
+        "name": format!("files/{id}"),
+        "mimeType": "application/jsonl",
+        "sizeBytes": content.len().to_string(),
+        "createTime": ended.to_string(),
+        "updateTime": ended.to_string(),
+        "expirationTime": expires.to_string(),
+        "sha256Hash": STANDARD.encode(hash(content)),
+        "uri": uri,
+        "downloadUri": format!("{uri}:download?alt=media"),
+        "state": "ACTIVE",
+        "source": "GENERATED",
+    });
+    Ok((view, content.clone()))
 }
 
 pub(crate) fn delete(shared: &Shared, caller: &Caller, name: &str) -> Result<Answer, ApiError> {
@@ -194,11 +235,15 @@ pub(crate) fn delete(shared: &Shared, caller: &Caller, name: &str) -> Result<Ans
     if usable(&inner.files, name, &caller.project, shared.now()).is_none() {
         return Err(ApiError::no_file(id));
     }
-    inner.files.remove(name);
+    if let Some(file) = inner.files.remove(name)
+        && !inner.switches.create_needs_file
+    {
+        inner.deleted_files.insert(name.to_owned(), file);
+    }
     Ok(Answer::json(json!({})))
 }
 
-pub(crate) fn list(shared: &Shared, caller: &Caller, query: &[(String, String)]) -> Answer {
+pub(crate) fn list(shared: &Shared, caller: &Caller, query: &[(String, String)]) -> Result<Answer, ApiError> {
     let inner = shared.lock();
     let now = shared.now();
     let mut all: Vec<&FileRec> = inner
@@ -207,7 +252,8 @@ pub(crate) fn list(shared: &Shared, caller: &Caller, query: &[(String, String)])
         .filter(|f| usable(&inner.files, &f.name, &caller.project, now).is_some())
         .collect();
     all.sort_by_key(|f| std::cmp::Reverse(f.created));
-    let (page, next) = page_of(&all, page_size(query, 10, 100), query);
+    let size = page_size(query, 10, 100).min(inner.switches.page_limit.max(1));
+    let (page, next) = page_of(&all, size, inner.switches.empty_pages, query)?;
     let mut answer = json!({});
     if !page.is_empty() {
         answer["files"] = page.iter().map(|f| view(shared, f)).collect();
@@ -215,24 +261,18 @@ pub(crate) fn list(shared: &Shared, caller: &Caller, query: &[(String, String)])
     if let Some(next) = next {
         answer["nextPageToken"] = json!(next);
     }
-    Answer::json(answer)
+    Ok(Answer::json(answer))
 }
 
 /// Result files only: uploads can't be downloaded.
 pub(crate) fn download(shared: &Shared, caller: &Caller, name: &str) -> Result<Answer, ApiError> {
-    let mut inner = shared.lock();
     let id = name.trim_start_matches("files/");
-    let Some(batch) = id.strip_prefix("batch-") else {
+    if !id.starts_with("batch-") {
+        let inner = shared.lock();
         return Err(match usable(&inner.files, name, &caller.project, shared.now()) {
             Some(_) => ApiError::invalid("Only files generated by the API can be downloaded."),
             None => ApiError::no_file(id),
         });
-    };
-    let now = shared.now();
-    let batch = inner.visible(batch, caller).map_err(|_| ApiError::no_file(id))?;
-    let readable = matches!(batch.state, State::Ended(_)) && batch.readable_from.is_none_or(|t| t <= now);
-    match &batch.output {
-        Some(content) if readable => Ok(Answer::bytes("application/jsonl", content.clone())),
-        _ => Err(ApiError::no_file(id)),
     }
+    Ok(Answer::bytes("application/jsonl", result(shared, caller, id)?.1))
 }

@@ -10,6 +10,7 @@
 //! | `files`, `batches` | the resources, as they look on the wire |
 //! | `work` | deterministic answers, and what directives in prompts make of them |
 //! | `webhooks` | signed deliveries with retries |
+//! | `registered` | webhooks of a project, as opposed to those of one batch |
 //! | `state` | everything it remembers, and the controls |
 
 #![allow(clippy::missing_panics_doc)]
@@ -19,6 +20,7 @@ mod batches;
 mod clock;
 mod error;
 mod files;
+mod registered;
 mod state;
 mod webhooks;
 mod work;

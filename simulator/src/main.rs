@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
-use gemini_simulator::{Clock, Config, Simulator};
+use gemini_simulator::{Clock, Config, Simulator, Switches};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Simulates the Gemini API as far as it is known: files, batches, webhooks. Controls are under /_sim/.
@@ -35,6 +35,9 @@ struct Args {
     /// Batches of one project that may be active at once
     #[arg(long, default_value_t = 100)]
     max_active: usize,
+    /// Changes a switch, as PUT /_sim/switches names them, to a JSON value; may be repeated
+    #[arg(long = "switch", value_name = "NAME=VALUE", value_parser = switch)]
+    switches: Vec<(String, serde_json::Value)>,
     /// A file that the address is written to once it listens
     #[arg(long)]
     port_file: Option<PathBuf>,
@@ -53,11 +56,18 @@ fn positive(text: &str) -> Result<f64, String> {
     }
 }
 
+fn switch(text: &str) -> Result<(String, serde_json::Value), String> {
+    let (name, value) = text.split_once('=').ok_or("must be NAME=VALUE")?;
+    Ok((name.to_owned(), serde_json::from_str(value).map_err(|e| e.to_string())?))
+}
+
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let keys = (!args.api_keys.is_empty())
         .then(|| args.api_keys.iter().map(|k| (k.clone(), "project".to_owned())).collect());
+    let mut switches = Switches::default();
+    switches.change(args.switches.into_iter().collect()).map_err(anyhow::Error::msg).context("--switch")?;
     let simulator = Simulator::start(Config {
         listen: args.listen,
         speed: args.speed,
@@ -67,7 +77,7 @@ async fn main() -> anyhow::Result<()> {
         pending: Duration::try_from_secs_f64(args.pending_seconds).context("--pending-seconds")?,
         running: Duration::try_from_secs_f64(args.running_seconds).context("--running-seconds")?,
         fail_rate: args.fail_rate,
-        ..Config::default()
+        switches,
     })
     .await
     .with_context(|| format!("can't listen on {}", args.listen))?;

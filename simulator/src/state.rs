@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::Config;
 use crate::clock::Pace;
 use crate::error::ApiError;
+use crate::registered::WebhookRec;
 use crate::webhooks::{Held, Signing};
 
 /// What the contract leaves open, and what can be made to go wrong for all.
@@ -25,7 +26,7 @@ pub struct Switches {
     pub honour_file_name: bool,
     /// Only the key that created a batch sees it; otherwise every key of its project.
     pub creator_only: bool,
-    /// Batch 101 is accepted and stalls, with all others; otherwise it is refused.
+    /// Batch 101 is accepted, and then none starts any more; otherwise it is refused.
     pub stall_over_limit: bool,
     /// `data.id` of an event has the prefix `batches/`.
     pub event_id_with_prefix: bool,
@@ -45,14 +46,32 @@ pub struct Switches {
     pub delete_output_refused: bool,
     /// A running batch that is cancelled succeeds, its unfinished requests with an error.
     pub cancel_race: bool,
-    /// A create fails whose file is gone.
+    /// A create fails whose file was deleted before; otherwise it works on what was in it.
     pub create_needs_file: bool,
+    /// A deleted batch works on, unseen, and tells its end.
+    pub delete_keeps_working: bool,
+    /// A batch that was cancelled or deleted still counts against both quotas, for good.
+    pub quota_held: bool,
+    /// Tokens of one project's active batches of one model, over which a create is refused.
+    pub enqueued_token_limit: Option<usize>,
+    /// `webhookConfig.userMetadata` is refused; otherwise events carry it at their top.
+    pub user_metadata_refused: bool,
+    /// An inline request whose `model` is not the batch's is refused; otherwise its model is ignored.
+    pub other_model_refused: bool,
+    /// A GET of an inline batch whose answers have more bytes runs into a timeout. Listings leave them out.
+    pub inline_get_limit: Option<usize>,
+    /// Listings show the counts of the beginning, whatever the state.
+    pub stale_stats_in_list: bool,
+    /// Before each page of a listing comes one with nothing but a token.
+    pub empty_pages: bool,
     /// Pages of a listing are this long at most.
     pub page_limit: usize,
     /// Batches appear in listings only after so many simulated seconds.
     pub list_lag_seconds: f64,
     /// Results can be read only so many simulated seconds after the end.
     pub output_lag_seconds: f64,
+    /// Results are gone so many hours after the end, on the clock of the wire.
+    pub output_life_hours: f64,
 }
 
 impl Default for Switches {
@@ -71,10 +90,31 @@ impl Default for Switches {
             delete_output_refused: true,
             cancel_race: false,
             create_needs_file: true,
+            delete_keeps_working: false,
+            quota_held: false,
+            enqueued_token_limit: None,
+            user_metadata_refused: true,
+            other_model_refused: false,
+            inline_get_limit: None,
+            stale_stats_in_list: false,
+            empty_pages: false,
             page_limit: 100,
             list_lag_seconds: 0.0,
             output_lag_seconds: 0.0,
+            output_life_hours: 6.0 * 7.0 * 24.0,
         }
+    }
+}
+
+impl Switches {
+    /// Changes those that are named, each to the JSON value that is given.
+    pub fn change(&mut self, changes: serde_json::Map<String, Value>) -> Result<(), String> {
+        let mut all = serde_json::to_value(&*self).map_err(|e| e.to_string())?;
+        for (name, value) in changes {
+            *all.get_mut(&name).ok_or_else(|| format!("no switch {name}"))? = value;
+        }
+        *self = serde_json::from_value(all).map_err(|e| e.to_string())?;
+        Ok(())
     }
 }
 
@@ -95,6 +135,14 @@ pub enum Op {
     BatchList,
     BatchCancel,
     BatchDelete,
+    BatchUpdate,
+    WebhookCreate,
+    WebhookGet,
+    WebhookList,
+    WebhookUpdate,
+    WebhookDelete,
+    WebhookPing,
+    WebhookRotate,
     Jwks,
     Unknown,
 }
@@ -210,6 +258,14 @@ pub enum Effect {
         /// Real milliseconds.
         millis: u64,
     },
+    /// It takes effect, but a header of its answer is missing, or another: what uploads suffer from.
+    Header {
+        /// Name of the header.
+        name: String,
+        /// What it says instead; absent, it is left out.
+        #[serde(default)]
+        value: Option<String>,
+    },
     /// It is answered with 503 now, and takes effect so many simulated seconds later.
     CommitLate {
         /// Simulated seconds.
@@ -262,6 +318,8 @@ pub(crate) struct FileRec {
     pub(crate) display_name: String,
     pub(crate) mime_type: String,
     pub(crate) content: Bytes,
+    /// Of the content, made once: it takes long for big files.
+    pub(crate) sha256: String,
     pub(crate) project: String,
     pub(crate) created: Timestamp,
 }
@@ -296,6 +354,7 @@ pub(crate) struct BatchRec {
     pub(crate) file: Option<String>,
     pub(crate) requests: Vec<crate::work::Request>,
     pub(crate) uris: Vec<String>,
+    pub(crate) user_metadata: Option<Value>,
     pub(crate) key: String,
     pub(crate) project: String,
     pub(crate) state: State,
@@ -315,6 +374,8 @@ pub(crate) struct BatchRec {
 pub(crate) struct Inner {
     pub(crate) switches: Switches,
     pub(crate) files: BTreeMap<String, FileRec>,
+    /// Deleted ones, kept only while a create may still name them.
+    pub(crate) deleted_files: BTreeMap<String, FileRec>,
     pub(crate) uploads: HashMap<String, UploadRec>,
     /// In order of creation.
     pub(crate) batches: Vec<BatchRec>,
@@ -322,6 +383,8 @@ pub(crate) struct Inner {
     pub(crate) faults: Vec<Fault>,
     pub(crate) deliveries: Vec<Delivery>,
     pub(crate) signing: Signing,
+    /// Registered webhooks, in order of creation.
+    pub(crate) webhooks: Vec<WebhookRec>,
     /// A delivery that waits for another one to overtake it.
     pub(crate) held: Option<Held>,
 }
@@ -352,12 +415,14 @@ impl Shared {
         let inner = Inner {
             switches: config.switches.clone(),
             files: BTreeMap::new(),
+            deleted_files: BTreeMap::new(),
             uploads: HashMap::new(),
             batches: Vec::new(),
             log: Vec::new(),
             faults: Vec::new(),
             deliveries: Vec::new(),
             signing: Signing::new(),
+            webhooks: Vec::new(),
             held: None,
         };
         Self { config, base_url, http, stop, inner: Mutex::new(inner) }
@@ -407,6 +472,12 @@ impl Inner {
         self.batches.iter_mut().find(|b| b.id == id)
     }
 
+    /// A batch that there is still something to do for.
+    pub(crate) fn unfinished(&mut self, name: &str) -> Option<&mut BatchRec> {
+        let goes_on = self.switches.delete_keeps_working;
+        self.batch(name).filter(|b| !matches!(b.state, State::Ended(_)) && (goes_on || !b.deleted))
+    }
+
     /// A batch that this caller may see.
     pub(crate) fn visible(&mut self, name: &str, caller: &Caller) -> Result<&mut BatchRec, ApiError> {
         let creator_only = self.switches.creator_only;
@@ -415,10 +486,22 @@ impl Inner {
             .ok_or_else(ApiError::no_entity)
     }
 
+    /// Batches that count against the quotas of a project.
+    fn counted(&self, project: &str) -> impl Iterator<Item = &BatchRec> {
+        let held = self.switches.quota_held;
+        self.batches.iter().filter(move |b| {
+            let active = !matches!(b.state, State::Ended(_)) && !b.deleted;
+            b.project == project && (active || held && (b.cancelled || b.deleted))
+        })
+    }
+
     pub(crate) fn active(&self, project: &str) -> usize {
-        let active =
-            |b: &&BatchRec| b.project == project && !matches!(b.state, State::Ended(_)) && !b.deleted;
-        self.batches.iter().filter(active).count()
+        self.counted(project).count()
+    }
+
+    /// Tokens that the batches of one model have enqueued.
+    pub(crate) fn enqueued(&self, project: &str, model: &str) -> usize {
+        self.counted(project).filter(|b| b.model == model).map(|b| tokens(&b.requests)).sum()
     }
 
     /// The fault that meets this request, if there is one.
@@ -470,6 +553,11 @@ impl BatchRec {
             State::Ended(Outcome::Cancelled) => "CANCELLED",
         }
     }
+}
+
+/// About as many as Google would count.
+pub(crate) fn tokens(requests: &[crate::work::Request]) -> usize {
+    requests.iter().map(|r| crate::work::tokens_of(&crate::work::text_of(&r.request))).sum()
 }
 
 /// Lower case hexadecimal SHA-256.

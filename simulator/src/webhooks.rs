@@ -28,7 +28,8 @@ use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use ed25519_dalek::{Signer as _, SigningKey};
 use serde_json::{Value, json};
 
-use crate::state::{Delivery, Outcome, Shared, State, hash, random_id};
+use crate::registered::{self, WebhookRec};
+use crate::state::{Delivery, Outcome, Shared, State, hash};
 use crate::work::Plan;
 
 /// A delivery that found nobody to overtake it is made after so many simulated seconds all the same.
@@ -137,12 +138,14 @@ impl Faults {
     }
 }
 
-/// A delivery that waits for another one to overtake it.
+/// A delivery, which may wait for another one to overtake it.
 #[derive(Clone, Debug)]
 pub(crate) struct Held {
     id: u64,
     name: String,
     uri: String,
+    /// The registered webhook that it is for, by id; `None`: the batch itself named the URI.
+    webhook: Option<String>,
     event: &'static str,
     faults: Faults,
 }
@@ -176,8 +179,15 @@ fn tell(shared: &Arc<Shared>, name: &str, outcome: Outcome, plan: &Plan, early: 
     if switches.frozen_timestamps {
         faults.0.push("frozen".to_owned());
     }
-    for uri in batch.uris.clone() {
-        let held = Held { id: rand::random(), name: name.to_owned(), uri, event, faults: faults.clone() };
+    let mut recipients: Vec<_> = batch.uris.iter().map(|uri| (None, uri.clone())).collect();
+    if recipients.is_empty() {
+        let project = batch.project.clone();
+        let found = registered::subscribed(&inner, &project, event);
+        recipients.extend(found.into_iter().map(|(id, uri)| (Some(id), uri)));
+    }
+    for (webhook, uri) in recipients {
+        let (name, faults) = (name.to_owned(), faults.clone());
+        let held = Held { id: rand::random(), name, uri, webhook, event, faults: faults.clone() };
         for _ in 0..if faults.has("duplicate") { 2 } else { 1 } {
             let overtaken =
                 if faults.has("reordered") { inner.held.replace(held.clone()) } else { inner.held.take() };
@@ -231,14 +241,59 @@ fn message(shared: &Shared, name: &str, event: &str) -> Option<Message> {
         _ => {}
     }
     let time = batch.ended.unwrap_or(now).to_string();
-    let body = json!({"type": event, "version": "v1", "timestamp": time, "data": data}).to_string();
-    let id = format!("msg_{}", random_id(32));
+    let mut body = json!({"type": event, "version": "v1", "timestamp": time, "data": data});
+    if let Some(metadata) = &batch.user_metadata {
+        body["user_metadata"] = metadata.clone();
+    }
+    let (id, body) = (message_id(), body.to_string());
     Some(Message { id, body, timestamp: now.as_second(), signature: String::new() })
 }
 
-/// At least once: retried for 24 hours, 10 s × 2 up to an hour, with the same id.
+/// `msg_` and a UUID.
+fn message_id() -> String {
+    let bits: u128 = rand::random();
+    // version 4, variant 1
+    let bits = bits & !(0xf << 76 | 0x3 << 62) | 0x4 << 76 | 0x2 << 62;
+    let hex = format!("{bits:032x}");
+    format!("msg_{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}
+
+/// A registered webhook signs with its own secrets, Google for all others.
+fn sign(shared: &Shared, delivery: &Held, message: &Message) -> String {
+    let now = shared.now();
+    let inner = shared.lock();
+    match &delivery.webhook {
+        None => inner.signing.sign(&delivery.faults, message, &delivery.uri),
+        Some(id) => {
+            let text = format!("{}.{}.{}", message.id, message.timestamp, message.body);
+            registered::find(&inner, id).map(|w| w.sign(&text, now)).unwrap_or_default()
+        }
+    }
+}
+
+/// Tries whether a registered webhook is reached.
+pub(crate) fn ping(shared: &Arc<Shared>, id: String, uri: String) {
+    let shared = Arc::clone(shared);
+    tokio::spawn(async move {
+        let now = shared.now();
+        let body = json!({"type": "ping", "version": "v1", "timestamp": now.to_string(), "data": {}});
+        let mut message = Message {
+            id: message_id(),
+            body: body.to_string(),
+            timestamp: now.as_second(),
+            signature: String::new(),
+        };
+        let (name, webhook, faults) = (String::new(), Some(id), Faults::default());
+        let delivery = Held { id: 0, name, uri, webhook, event: "ping", faults };
+        message.signature = sign(&shared, &delivery, &message);
+        post(&shared, "", &delivery.uri, delivery.event, &message, 1).await;
+    });
+}
+
+/// At least once: retried for 24 hours, 10 s × 2 up to an hour, with the same id. A registered webhook that
+/// takes nothing all that time is disabled.
 async fn deliver(shared: &Arc<Shared>, delivery: &Held) {
-    let Held { name, uri, event, faults, .. } = delivery;
+    let Held { name, uri, webhook, event, faults, .. } = delivery;
     if let Some(late) = faults.number("late") {
         tokio::time::sleep(shared.pace().seconds(late)).await;
     }
@@ -253,15 +308,25 @@ async fn deliver(shared: &Arc<Shared>, delivery: &Held) {
     for attempt in 1.. {
         if attempt == 1 || !faults.has("frozen") {
             message.timestamp = shared.now().as_second() - old;
-            message.signature = shared.lock().signing.sign(faults, &message, uri);
+            message.signature = sign(shared, delivery, &message);
         }
         let status = post(shared, name, uri, event, &message, attempt).await;
-        if status.is_some_and(|s| (200..300).contains(&s)) || passed > Duration::from_hours(24) {
+        if status.is_some_and(|s| (200..300).contains(&s)) {
+            return;
+        }
+        if passed > Duration::from_hours(24) {
+            if let Some(id) = webhook {
+                registered::give_up(&mut shared.lock(), id);
+            }
             return;
         }
         tokio::select! {
             () = shared.stop.cancelled() => return,
             () = tokio::time::sleep(shared.pace().real(pause)) => {}
+        }
+        let wanted = |id| registered::find(&shared.lock(), id).is_some_and(WebhookRec::enabled);
+        if !webhook.as_deref().is_none_or(wanted) {
+            return;
         }
         passed += pause;
         pause = (pause * 2).min(Duration::from_hours(1));

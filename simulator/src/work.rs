@@ -11,8 +11,14 @@ use crate::state::{Outcome, hash};
 /// A request of a batch.
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
-    pub(crate) key: Option<Value>,
+    /// What its answer is known by: the field `key` of a line, or `metadata` of an inline request.
+    pub(crate) label: Option<(&'static str, Value)>,
     pub(crate) request: Value,
+}
+
+/// Tokens of a text, four characters each.
+pub(crate) fn tokens_of(text: &str) -> usize {
+    text.len().div_ceil(4).max(1)
 }
 
 /// The value of a directive; empty for one without.
@@ -106,8 +112,13 @@ pub(crate) fn results(requests: &[Request], embed: bool, fail_rate: f64, unfinis
         } else {
             answer(&request.request, &text, embed, fail_rate)
         };
-        if let (Some(key), Some(fields)) = (&request.key, line.as_object_mut()) {
-            fields.insert("key".to_owned(), key.clone());
+        if let (Some((field, label)), Some(fields)) = (&request.label, line.as_object_mut()) {
+            fields.insert((*field).to_owned(), label.clone());
+        }
+        if directive(&text, "no-key").is_some()
+            && let Some(fields) = line.as_object_mut()
+        {
+            fields.retain(|name, _| !matches!(name.as_str(), "key" | "metadata"));
         }
         if line.get("response").is_some() {
             succeeded += 1;
@@ -116,7 +127,10 @@ pub(crate) fn results(requests: &[Request], embed: bool, fail_rate: f64, unfinis
         }
         if let Some(key) = directive(&text, "foreign") {
             let mut foreign = line.clone();
-            foreign["key"] = json!(key);
+            match &request.label {
+                Some(("metadata", _)) => foreign["metadata"] = json!({"key": key}),
+                _ => foreign["key"] = json!(key),
+            }
             lines.push(foreign);
         }
         if directive(&text, "duplicate").is_some() {
@@ -138,7 +152,7 @@ pub(crate) fn results(requests: &[Request], embed: bool, fail_rate: f64, unfinis
 
 fn answer(request: &Value, text: &str, embed: bool, fail_rate: f64) -> Value {
     let digest = hash(request.to_string().as_bytes());
-    let prompt_tokens = text.len().div_ceil(4).max(1);
+    let prompt_tokens = tokens_of(text);
     if let Some(code) = directive(text, "error") {
         let code: i32 = code.parse().unwrap_or(13);
         return json!({"error": {"code": code, "message": "The request could not be answered."}});

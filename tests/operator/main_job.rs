@@ -97,6 +97,7 @@ async fn a_file_of_somebody_else_is_used_counted_and_left_alone() {
     let start = http
         .post(format!("{}/upload/v1beta/files", env.sim.base_url()))
         .header("x-goog-api-key", "test-key")
+        .header("x-goog-upload-protocol", "resumable")
         .header("x-goog-upload-command", "start")
         .body(json!({"file": {"name": "files/theirs"}}).to_string())
         .send()
