@@ -254,7 +254,8 @@ pub fn needs_input(job: &GeminiBatchJob, memory: &Memory) -> bool {
         None => true,
         Some(a) if a.batch_name.is_some() => false,
         Some(a) if a.refusal.is_some() => true,
-        Some(a) => matches!(stage_of(a, memory), Some(Stage::NotUploaded)),
+        // Uploaded: with another key the send begins anew.
+        Some(a) => matches!(stage_of(a, memory), Some(Stage::NotUploaded | Stage::Uploaded { .. })),
     }
 }
 
