@@ -475,17 +475,23 @@ fn submitting(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> Decision {
             stalled(&ending::credentials_changed("whether Gemini has the batch can't be told"))
         }
         Some(Stage::Unsure(search)) => searching(o, a, search, now),
-        // A new process. The batch is only ever asked for when its file is complete, under the recorded
-        // name: a file that is not there is proof that the batch was not asked for. But Gemini deletes
-        // files after 48 hours, and a `geminiFile` says nothing.
-        None if o.job.spec.input.gemini_file.is_some()
-            || after(a.intent_time.0, o.timings.absent_file_proves) <= now =>
-        {
-            searching(o, a, &Search::default(), now)
+        None if file_would_prove(o, a, now) => {
+            Decision::Act(Action::FindInputFile { file: a.input_file.clone() })
         }
-        None => Decision::Act(Action::FindInputFile { file: a.input_file.clone() }),
+        None => searching(o, a, &Search::default(), now),
         Some(Stage::Created(_) | Stage::Found(_) | Stage::Refused(_)) => Decision::Done, // returned above
     }
+}
+
+/// After a restart: whether an input file that is not there is proof that the batch was not asked for. It
+/// is only ever asked for when its file is complete under the recorded name. But Gemini deletes files after
+/// 48 hours, and any other name than the one made for this very send is a file that was there before the
+/// intent: the user's, or an older one of a send that was refused, or one that was complete before its
+/// name was recorded. Such a file may have gone after the batch was asked for.
+fn file_would_prove(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> bool {
+    let uid = o.job.metadata.uid.as_deref().unwrap_or_default();
+    a.input_file == identity::input_file(o.cluster, uid, a.number, &a.send_id)
+        && after(a.intent_time.0, o.timings.absent_file_proves) > now
 }
 
 /// The send of this attempt never left: the next one may carry another key or another input.
