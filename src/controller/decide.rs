@@ -655,6 +655,12 @@ fn after_the_end(o: &Observed<'_>, now: Timestamp) -> Decision {
     if !has_finalizer(o.job) {
         return Decision::Done;
     }
+    leftovers(o, now)
+}
+
+/// What a finished job left at Gemini. None of it holds the job for long, and nothing is said: the status of
+/// a finished job does not change any more. A file that can't be deleted expires by itself.
+fn leftovers(o: &Observed<'_>, now: Timestamp) -> Decision {
     let file = current_attempt(o.job).and_then(|a| own_input_file(o, a)).filter(|_| o.credential.is_ok());
     match file.filter(|_| !gave_up(&o.memory.cleanup)) {
         None => record(Change::DropFinalizer { event: None }),
@@ -670,24 +676,21 @@ fn deleting(o: &Observed<'_>, now: Timestamp) -> Decision {
     if !has_finalizer(o.job) {
         return Decision::Done;
     }
+    if is_finished(o.job) {
+        return leftovers(o, now);
+    }
     let since = o.job.metadata.deletion_timestamp.as_ref().map_or(now, |t| t.0);
     let deadline = after(since, o.timings.deletion);
     let cleanup = &o.memory.cleanup;
-    let unfinished = !is_finished(o.job);
 
-    if let Some(a) = current_attempt(o.job) {
-        let action = if unfinished { stop_batch(o, a) } else { own_input_file(o, a) };
-        if let Some(action) = action {
-            if now < deadline {
-                return clean_up(o, a, action, deadline, now);
-            }
-            if unfinished {
-                let event = ending::orphaned(a, o.credential.as_ref().err());
-                return record(Change::DropFinalizer { event: Some(event) });
-            }
+    if let Some((a, action)) = current_attempt(o.job).and_then(|a| Some((a, stop_batch(o, a)?))) {
+        if now < deadline {
+            return clean_up(o, a, action, deadline, now);
         }
+        let event = ending::orphaned(a, o.credential.as_ref().err());
+        return record(Change::DropFinalizer { event: Some(event) });
     }
-    if let Some(name) = output_name(o.job).filter(|_| unfinished && !cleanup.output_released) {
+    if let Some(name) = output_name(o.job).filter(|_| !cleanup.output_released) {
         return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
     }
     let event = cleanup
