@@ -684,7 +684,10 @@ fn deleting(o: &Observed<'_>, now: Timestamp) -> Decision {
     let cleanup = &o.memory.cleanup;
 
     if let Some((a, action)) = current_attempt(o.job).and_then(|a| Some((a, stop_batch(o, a)?))) {
-        if now < deadline {
+        // However late it is, each step is tried once: the operator may have been away until now, and a batch
+        // that nobody cancels is paid for.
+        let untried = o.credential.is_ok() && cleanup.failed.is_none();
+        if now < deadline || untried {
             return clean_up(o, a, action, deadline, now);
         }
         let event = ending::orphaned(a, o.credential.as_ref().err());
