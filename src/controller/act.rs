@@ -15,7 +15,7 @@ use super::decide::{self, Action};
 use super::ending;
 use super::input::Input;
 use super::memory::{
-    Memory, OutputObject, Probe, Refused, Remote, Search, Send, Stage, Tries, Trouble, after,
+    Absent, Memory, OutputObject, Probe, Refused, Remote, Search, Send, Stage, Tries, Trouble, after,
 };
 use super::observe::{self, Credential};
 use super::output::{self, Done};
@@ -307,17 +307,21 @@ impl Step<'_> {
             Err(e) if e.is_absent() => {
                 memory.trouble = None;
                 let before = match &memory.remote {
-                    Some(Remote::Missing(tries)) => Some(*tries),
+                    Some(Remote::Missing(absent)) => Some(absent),
                     _ => None,
                 };
-                let tries = Tries::again(before, now, &self.ctx.timings.result_pauses);
-                memory.remote = Some(Remote::Missing(tries));
+                memory.remote = Some(Remote::Missing(self.absent(before)));
             }
             Err(e) => {
                 memory.looks.swept = true; // asked for again as soon as the trouble allows
                 self.trouble(memory, "looking at the batch", &e);
             }
         }
+    }
+
+    fn absent(&self, before: Option<&Absent>) -> Absent {
+        let fingerprint = self.credential.map_or("", |c| c.fingerprint.as_str());
+        Absent::again(before, fingerprint, self.ctx.clock.now(), &self.ctx.timings.result_pauses)
     }
 
     async fn get(&self, batch: &BatchName) -> Result<Batch, gemini::Error> {
@@ -346,9 +350,7 @@ impl Step<'_> {
             }
             Err(e) if e.is_absent() => {
                 memory.trouble = None;
-                let now = self.ctx.clock.now();
-                memory.unreadable =
-                    Some(Tries::again(memory.unreadable, now, &self.ctx.timings.result_pauses));
+                memory.unreadable = Some(self.absent(memory.unreadable.as_ref()));
             }
             Err(e) => self.trouble(memory, "reading the results", &e),
         }

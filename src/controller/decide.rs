@@ -12,7 +12,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use super::collect::{Collected, Lines};
 use super::ending::{self, End};
 use super::identity;
-use super::memory::{Cleanup, Memory, OutputObject, Refused, Remote, Search, Stage, Trouble, after};
+use super::memory::{Absent, Cleanup, Memory, OutputObject, Refused, Remote, Search, Stage, Trouble, after};
 use super::{InputFacts, Problem, Timings};
 use crate::api::{
     Attempt, FINALIZER, GeminiBatchJob, OutputStatus, Reason, Refusal, RefusedCall, RequestCounts, Usage,
@@ -522,26 +522,32 @@ fn submitted(o: &Observed<'_>, a: &Attempt, name: BatchName, now: Timestamp) -> 
     let same_key = o.credential.as_ref().is_ok_and(|f| *f == a.credential_fingerprint);
     match &o.memory.remote {
         Some(Remote::Seen(batch)) if batch.is_terminal() => return collecting(o, a, name, Some(batch), now),
-        Some(Remote::Missing(tries))
-            if same_key && tries.count >= 3 && after(tries.since, o.timings.gone_after) <= now =>
+        Some(Remote::Missing(Absent { fingerprint, tries }))
+            if same_key
+                && *fingerprint == a.credential_fingerprint
+                && tries.count >= 3
+                && after(tries.since, o.timings.gone_after) <= now =>
         {
             return collecting(o, a, name, None, now);
         }
         _ => {}
     }
-    if let Err(problem) = &o.credential {
-        return stalled(problem);
-    }
+    let fingerprint = match &o.credential {
+        Ok(fingerprint) => fingerprint,
+        Err(problem) => return stalled(problem),
+    };
     let looks = &o.memory.looks;
     let hint = new_hint(o.job, a);
     if let Some(hint) = hint.filter(|h| looks.exhausted(h)) {
         return record(Change::HintObserved { hint: hint.to_owned() });
     }
     let missing = match &o.memory.remote {
-        Some(Remote::Missing(tries)) => Some(tries),
+        Some(Remote::Missing(absent)) => Some(absent),
         _ => None,
     };
-    let next = [looks.next, missing.map(|t| t.next)].into_iter().flatten().min();
+    let next = [looks.next, missing.map(|m| m.tries.next)].into_iter().flatten().min();
+    // What another key was not shown may be shown to this one.
+    let unasked = missing.is_some_and(|m| m.fingerprint != *fingerprint);
     let unfollowed = hint.is_some_and(|h| looks.following.as_ref().is_none_or(|(f, _)| f != h));
     let say = match missing {
         None => Change::Running,
@@ -550,14 +556,19 @@ fn submitted(o: &Observed<'_>, a: &Attempt, name: BatchName, now: Timestamp) -> 
         }
         Some(_) => waiting(&ending::missing(&name), false),
     };
-    if unfollowed || looks.swept || next.is_some_and(|t| t <= now) {
+    if unfollowed || looks.swept || unasked || next.is_some_and(|t| t <= now) {
         let allowed = looks.allowed(now, o.timings.look_window);
         if allowed <= now {
             return Decision::Act(Action::GetBatch { batch: name });
         }
         return Decision::Wait { say: Some(Box::new(say)), wake: Wake::At(allowed) };
     }
-    Decision::Wait { say: Some(Box::new(say)), wake: next.map_or(Wake::OnChange, Wake::At) }
+    let wake = match next {
+        // Somebody has to put the key back, and expects the job to go on soon then.
+        Some(next) if missing.is_some() && !same_key && next > after(now, o.timings.recheck) => Wake::Recheck,
+        next => next.map_or(Wake::OnChange, Wake::At),
+    };
+    Decision::Wait { say: Some(Box::new(say)), wake }
 }
 
 /// The batch has ended (or is gone): read what there is, store it, end.
@@ -613,7 +624,23 @@ fn reading(
     batch: Option<&Batch>,
     now: Timestamp,
 ) -> Decision {
-    if let Some(tries) = &o.memory.unreadable {
+    let fingerprint = match &o.credential {
+        Ok(fingerprint) => fingerprint,
+        Err(problem) => return stalled(problem),
+    };
+    // Only what was asked for with the present key counts.
+    if let Some(Absent { tries, .. }) = o.memory.unreadable.as_ref().filter(|u| u.fingerprint == *fingerprint) {
+        if *fingerprint != a.credential_fingerprint {
+            if tries.next <= now {
+                return Decision::Act(Action::Collect { name, batch: batch.cloned().map(Box::new) });
+            }
+            let problem = ending::credentials_changed("the results can't be read with it");
+            let soon = after(now, o.timings.recheck) > tries.next;
+            return Decision::Wait {
+                say: Some(Box::new(waiting(&problem, true))),
+                wake: if soon { Wake::At(tries.next) } else { Wake::Recheck },
+            };
+        }
         let promised = batch.is_some_and(|b| b.state == BatchState::Succeeded || b.output_file.is_some());
         let give_up = if promised { after(tries.since, o.timings.result_patience) } else { tries.since };
         if give_up <= now {
@@ -626,9 +653,6 @@ fn reading(
                 wake: Wake::At(tries.next),
             };
         }
-    }
-    if let Err(problem) = &o.credential {
-        return stalled(problem);
     }
     Decision::Act(Action::Collect { name, batch: batch.cloned().map(Box::new) })
 }
