@@ -471,14 +471,17 @@ fn submitting(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> Decision {
             record(Change::InputFile { file: file.clone() })
         }
         Some(Stage::Uploaded { .. }) => Decision::Act(Action::CreateBatch { attempt: Box::new(a.clone()) }),
-        _ if another_key => {
-            stalled(&ending::credentials_changed("whether Gemini has the batch can't be told"))
-        }
-        Some(Stage::Unsure(search)) => searching(o, a, search, now),
-        None if file_would_prove(o, a, now) => {
+        // A new process.
+        None if !another_key && file_would_prove(o, a, now) => {
             Decision::Act(Action::FindInputFile { file: a.input_file.clone() })
         }
-        None => searching(o, a, &Search::default(), now),
+        Some(Stage::Unsure(search))
+            if search.file_unasked && !another_key && file_would_prove(o, a, now) =>
+        {
+            Decision::Act(Action::FindInputFile { file: a.input_file.clone() })
+        }
+        Some(Stage::Unsure(search)) => searching(o, a, search, another_key, now),
+        None => searching(o, a, &Search::default(), another_key, now),
         Some(Stage::Created(_) | Stage::Found(_) | Stage::Refused(_)) => Decision::Done, // returned above
     }
 }
@@ -502,16 +505,27 @@ fn resend(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> Decision {
     }
 }
 
-/// The batch may exist: look for it, and never send again.
-fn searching(o: &Observed<'_>, a: &Attempt, search: &Search, now: Timestamp) -> Decision {
+/// The batch may exist: look for it, and never send again. Another key of the same project sees it as well;
+/// that a key does not see it proves nothing here, whichever it is.
+fn searching(o: &Observed<'_>, a: &Attempt, search: &Search, another_key: bool, now: Timestamp) -> Decision {
     if let Some(batch) = hinted_batch(o.job).filter(|b| search.refuted.as_ref() != Some(b)) {
         return Decision::Act(Action::ConfirmHinted { batch, attempt: Box::new(a.clone()) });
     }
     match search.next {
-        Some(next) if next > now => Decision::Wait {
-            say: Some(Box::new(waiting(&ending::unconfirmed(a), true))),
-            wake: Wake::At(next),
-        },
+        Some(next) if next > now => {
+            let problem = if another_key {
+                ending::credentials_changed("does not show whether Gemini has the batch")
+            } else {
+                ending::unconfirmed(a)
+            };
+            // A key that is put back is not watched.
+            let wake = if another_key && next > after(now, o.timings.recheck) {
+                Wake::Recheck
+            } else {
+                Wake::At(next)
+            };
+            Decision::Wait { say: Some(Box::new(waiting(&problem, true))), wake }
+        }
         _ => Decision::Act(Action::FindBatch { attempt: Box::new(a.clone()) }),
     }
 }

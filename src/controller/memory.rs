@@ -75,6 +75,9 @@ pub struct Search {
     pub next: Option<Timestamp>,
     /// A batch that a callback named, was looked at and is not ours.
     pub refuted: Option<BatchName>,
+    /// The search began after a restart with another API key, which proves nothing about the input file:
+    /// that is still to be asked for with the right one.
+    pub file_unasked: bool,
 }
 
 /// A refusal, as it will be recorded.
