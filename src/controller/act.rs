@@ -63,6 +63,7 @@ impl Step<'_> {
         match action {
             Action::ReserveOutput { name } => {
                 let done = output::reserve(&self.ctx.client, self.job, name).await?;
+                memory.cleanup.output_released = false;
                 memory.output = self.output_object(done, name, OutputObject::Reserved { name: name.clone() });
             }
             Action::ReleaseOutput { name } => {

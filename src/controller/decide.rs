@@ -678,7 +678,12 @@ fn end(o: &Observed<'_>, a: &Attempt, batch: Option<&Batch>, collected: Option<&
     };
     let hint = new_hint(o.job, a).map(ToOwned::to_owned);
     // A reservation that will never be filled is given back, so that the name is free again.
-    if let (Some(name), None, false) = (output_name(o.job), stored, o.memory.cleanup.output_released) {
+    // It may have another name by now, or none.
+    let reserved = match &o.memory.output {
+        OutputObject::Reserved { name } => Some(name.as_str()),
+        _ => output_name(o.job),
+    };
+    if let (Some(name), None, false) = (reserved, stored, o.memory.cleanup.output_released) {
         return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
     }
     record(Change::Finished(Box::new(ending::ended(a, batch, collected, stored, hint))))
@@ -696,9 +701,14 @@ fn after_the_end(o: &Observed<'_>, now: Timestamp) -> Decision {
     leftovers(o, now)
 }
 
-/// What a finished job left at Gemini. None of it holds the job for long, and nothing is said: the status of
+/// What a finished job left behind. None of it holds the job for long, and nothing is said: the status of
 /// a finished job does not change any more. A file that can't be deleted expires by itself.
 fn leftovers(o: &Observed<'_>, now: Timestamp) -> Decision {
+    // A job that Gemini refused for good gives its reservation back here: the refusal is recorded first.
+    let filled = o.job.status.as_ref().and_then(|s| s.output.as_ref()).is_some_and(|o| o.config_map.is_some());
+    if let Some(name) = output_name(o.job).filter(|_| !filled && !o.memory.cleanup.output_released) {
+        return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
+    }
     let file = current_attempt(o.job).and_then(|a| own_input_file(o, a)).filter(|_| o.credential.is_ok());
     match file.filter(|_| !gave_up(&o.memory.cleanup)) {
         None => record(Change::DropFinalizer { event: None }),
