@@ -278,7 +278,7 @@ pub fn decide(o: &Observed<'_>, now: Timestamp) -> Decision {
         return record(Change::AddFinalizer);
     }
     if let Some(trouble) = o.memory.trouble.as_ref().filter(|t| t.next > now) {
-        return in_trouble(trouble);
+        return in_trouble(o, trouble, now);
     }
     match current_attempt(o.job) {
         None => before_submission(o, now),
@@ -819,10 +819,12 @@ fn stalled(problem: &Problem) -> Decision {
     Decision::Wait { say: Some(Box::new(waiting(problem, true))), wake: Wake::Recheck }
 }
 
-/// A call fails for now. The first failure is not worth a write; a lasting one is said.
-fn in_trouble(trouble: &Trouble) -> Decision {
+/// A call fails for now. The first failure is not worth a write; a lasting one is said, and one after which
+/// Gemini asks for a long wait.
+fn in_trouble(o: &Observed<'_>, trouble: &Trouble, now: Timestamp) -> Decision {
     let stalled = trouble.problem.reason == Reason::CredentialsRefused;
-    let say = (trouble.failures >= 2).then(|| Box::new(waiting(&trouble.problem, stalled)));
+    let long = trouble.next > after(now, o.timings.trouble_longest);
+    let say = (trouble.failures >= 2 || long).then(|| Box::new(waiting(&trouble.problem, stalled)));
     Decision::Wait { say, wake: Wake::At(trouble.next) }
 }
 
