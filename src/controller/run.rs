@@ -266,11 +266,16 @@ async fn drive(
     };
     let Some(mut job) = fetch().await? else { return Ok(None) };
     let ring = ctx.ring();
-    // Read once a turn: each is asked for in several steps.
+    // Read once a turn: each is asked for in several steps. But anew for a spec that was edited meanwhile:
+    // what is sent must be what the job says when the intent is recorded.
     let mut credential: Option<Result<Credential, super::Problem>> = None;
     let mut input = None;
+    let mut read_for = job.metadata.generation;
 
     for _ in 0..MAX_STEPS {
+        if job.metadata.generation != read_for {
+            (credential, input, read_for) = (None, None, job.metadata.generation);
+        }
         if credential.is_none() && decide::needs_credential(&job) {
             credential = Some(observe::credential(&ctx.client, &ring, &job).await?);
         }
