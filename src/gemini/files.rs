@@ -169,9 +169,10 @@ impl Client {
             }
             tries += 1;
             // Where does it stand? An answer that can't be used ends the upload; the caller starts anew.
-            match self.upload_command(session, "query", None).await? {
-                (Some("final"), response) => return complete(response).await,
-                (Some("active"), response) => {
+            // Nor is a refusal of the question a refusal of the file: it may be no command that Gemini knows.
+            match self.upload_command(session, "query", None).await {
+                Ok((Some("final"), response)) => return complete(response).await,
+                Ok((Some("active"), response)) => {
                     let size = header(response.headers(), "x-goog-upload-size-received");
                     at = match size.and_then(|s| s.parse().ok()) {
                         Some(size) if size == end && !last => return Ok(Progress::At(end)),
