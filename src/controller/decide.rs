@@ -475,9 +475,7 @@ fn submitting(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> Decision {
         None if !another_key && file_would_prove(o, a, now) => {
             Decision::Act(Action::FindInputFile { file: a.input_file.clone() })
         }
-        Some(Stage::Unsure(search))
-            if search.file_unasked && !another_key && file_would_prove(o, a, now) =>
-        {
+        Some(Stage::Unsure(search)) if search.file_unasked && !another_key && file_would_prove(o, a, now) => {
             Decision::Act(Action::FindInputFile { file: a.input_file.clone() })
         }
         Some(Stage::Unsure(search)) => searching(o, a, search, another_key, now),
@@ -643,7 +641,8 @@ fn reading(
         Err(problem) => return stalled(problem),
     };
     // Only what was asked for with the present key counts.
-    if let Some(Absent { tries, .. }) = o.memory.unreadable.as_ref().filter(|u| u.fingerprint == *fingerprint) {
+    if let Some(Absent { tries, .. }) = o.memory.unreadable.as_ref().filter(|u| u.fingerprint == *fingerprint)
+    {
         if *fingerprint != a.credential_fingerprint {
             if tries.next <= now {
                 return Decision::Act(Action::Collect { name, batch: batch.cloned().map(Box::new) });
@@ -705,7 +704,8 @@ fn after_the_end(o: &Observed<'_>, now: Timestamp) -> Decision {
 /// a finished job does not change any more. A file that can't be deleted expires by itself.
 fn leftovers(o: &Observed<'_>, now: Timestamp) -> Decision {
     // A job that Gemini refused for good gives its reservation back here: the refusal is recorded first.
-    let filled = o.job.status.as_ref().and_then(|s| s.output.as_ref()).is_some_and(|o| o.config_map.is_some());
+    let filled =
+        o.job.status.as_ref().and_then(|s| s.output.as_ref()).is_some_and(|o| o.config_map.is_some());
     if let Some(name) = output_name(o.job).filter(|_| !filled && !o.memory.cleanup.output_released) {
         return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
     }
@@ -756,8 +756,12 @@ fn clean_up(o: &Observed<'_>, a: &Attempt, action: Action, deadline: Timestamp, 
     match (&o.credential, &o.memory.cleanup.failed) {
         (Err(problem), _) => Decision::Wait { say: Some(Box::new(waiting(problem, true))), wake: soon },
         (Ok(fingerprint), Some(tries)) if tries.next > now => {
-            let say = (*fingerprint != a.credential_fingerprint)
-                .then(|| waiting(&ending::credentials_changed("the batch can't be cancelled with it"), true));
+            // The first failure is not worth a write.
+            let say = if *fingerprint != a.credential_fingerprint {
+                Some(waiting(&ending::credentials_changed("the batch can't be cancelled with it"), true))
+            } else {
+                (tries.count >= 2).then(|| waiting(&ending::not_cleaned_up(deadline), false))
+            };
             Decision::Wait { say: say.map(Box::new), wake: Wake::At(tries.next.min(deadline)) }
         }
         _ => Decision::Act(action),
@@ -872,3 +876,6 @@ fn hinted_batch(job: &GeminiBatchJob) -> Option<BatchName> {
 fn generation_of(job: &GeminiBatchJob) -> i64 {
     job.metadata.generation.unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests;
