@@ -538,6 +538,7 @@ fn submitted(o: &Observed<'_>, a: &Attempt, name: BatchName, now: Timestamp) -> 
             if same_key
                 && *fingerprint == a.credential_fingerprint
                 && tries.count >= 3
+                && tries.next > now
                 && after(tries.since, o.timings.gone_after) <= now =>
         {
             return collecting(o, a, name, None, now);
@@ -640,34 +641,30 @@ fn reading(
         Ok(fingerprint) => fingerprint,
         Err(problem) => return stalled(problem),
     };
-    // Only what was asked for with the present key counts.
-    if let Some(Absent { tries, .. }) = o.memory.unreadable.as_ref().filter(|u| u.fingerprint == *fingerprint)
-    {
-        if *fingerprint != a.credential_fingerprint {
-            if tries.next <= now {
-                return Decision::Act(Action::Collect { name, batch: batch.cloned().map(Box::new) });
-            }
-            let problem = ending::credentials_changed("the results can't be read with it");
-            let soon = after(now, o.timings.recheck) > tries.next;
-            return Decision::Wait {
-                say: Some(Box::new(waiting(&problem, true))),
-                wake: if soon { Wake::At(tries.next) } else { Wake::Recheck },
-            };
-        }
-        let promised = batch.is_some_and(|b| b.state == BatchState::Succeeded || b.output_file.is_some());
-        let give_up = if promised { after(tries.since, o.timings.result_patience) } else { tries.since };
-        if give_up <= now {
-            return end(o, a, batch, None);
-        }
-        if tries.next > now {
-            let late = after(tries.since, o.timings.result_late) <= now;
-            return Decision::Wait {
-                say: Some(Box::new(waiting(&ending::not_readable(&name, give_up), late))),
-                wake: Wake::At(tries.next),
-            };
-        }
+    // Only an answer to the present key counts, and nothing is given up on an old one: there may have been no
+    // key to ask with for a day.
+    let asked = o.memory.unreadable.as_ref().map(|u| (&u.fingerprint, &u.tries));
+    let Some((_, tries)) = asked.filter(|(key, tries)| *key == fingerprint && tries.next > now) else {
+        return Decision::Act(Action::Collect { name, batch: batch.cloned().map(Box::new) });
+    };
+    if *fingerprint != a.credential_fingerprint {
+        let problem = ending::credentials_changed("the results can't be read with it");
+        let soon = tries.next <= after(now, o.timings.recheck);
+        return Decision::Wait {
+            say: Some(Box::new(waiting(&problem, true))),
+            wake: if soon { Wake::At(tries.next) } else { Wake::Recheck },
+        };
     }
-    Decision::Act(Action::Collect { name, batch: batch.cloned().map(Box::new) })
+    let promised = batch.is_some_and(|b| b.state == BatchState::Succeeded || b.output_file.is_some());
+    let give_up = if promised { after(tries.since, o.timings.result_patience) } else { tries.since };
+    if give_up <= now {
+        return end(o, a, batch, None);
+    }
+    let late = after(tries.since, o.timings.result_late) <= now;
+    Decision::Wait {
+        say: Some(Box::new(waiting(&ending::not_readable(&name, give_up), late))),
+        wake: Wake::At(tries.next),
+    }
 }
 
 fn end(o: &Observed<'_>, a: &Attempt, batch: Option<&Batch>, collected: Option<&Collected>) -> Decision {
@@ -757,10 +754,10 @@ fn clean_up(o: &Observed<'_>, a: &Attempt, action: Action, deadline: Timestamp, 
         (Err(problem), _) => Decision::Wait { say: Some(Box::new(waiting(problem, true))), wake: soon },
         (Ok(fingerprint), Some(tries)) if tries.next > now => {
             // The first failure is not worth a write.
-            let say = if *fingerprint != a.credential_fingerprint {
-                Some(waiting(&ending::credentials_changed("the batch can't be cancelled with it"), true))
-            } else {
+            let say = if *fingerprint == a.credential_fingerprint {
                 (tries.count >= 2).then(|| waiting(&ending::not_cleaned_up(deadline), false))
+            } else {
+                Some(waiting(&ending::credentials_changed("the batch can't be cancelled with it"), true))
             };
             Decision::Wait { say: say.map(Box::new), wake: Wake::At(tries.next.min(deadline)) }
         }
