@@ -1,6 +1,8 @@
 //! Every transition, in the order of a job's life. A row is a situation and what is decided in it; see
 //! [`show`] for how a decision is written down.
 
+mod property;
+
 use jiff::SignedDuration;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde_json::{Value, json};
@@ -340,44 +342,37 @@ fn show(decision: &Decision) -> String {
     }
 }
 
-fn check<const N: usize>(rows: [(&str, Case, &str); N]) {
-    for (what, case, expected) in rows {
-        assert_eq!(case.says(), expected, "{what}");
-    }
+/// A situation, and what is decided in it.
+macro_rules! check {
+    ($($what:literal: $case:expr => $expected:literal;)*) => {$(
+        assert_eq!($case.says(), $expected, "{}", $what);
+    )*};
 }
 
 // ---------------------------------------------------------------------------------- submission
 
 #[test]
 fn before_the_intent() {
-    check([
-        ("just applied", applied(), "AddFinalizer"),
-        ("nothing else counts before the finalizer", applied().no_key(), "AddFinalizer"),
-        ("no output wanted", held(), "Intent"),
-        ("no key", held().no_key(), "Wait CredentialsNotFound! recheck"),
-        ("bad input", held().no_input(), "Wait InputInvalid! recheck"),
-        (
-            "no key is said before a bad input",
-            held().no_key().no_input(),
-            "Wait CredentialsNotFound! recheck",
-        ),
-        (
-            "a bad input is found before the output is touched",
-            held().output("o").no_input(),
-            "Wait InputInvalid! recheck",
-        ),
-        ("output", held().output("o"), "ReserveOutput"),
-        ("output reserved", held().output("o").reserved("o"), "Intent"),
-        ("output taken", held().output("o").blocked(1, Some(30)), "Wait OutputConflict! +30"),
-        ("output taken, time to look again", held().output("o").blocked(1, Some(0)), "ReserveOutput"),
-        ("output taken, job edited", held().output("o").blocked(0, Some(30)), "ReserveOutput"),
-        ("output taken for ever", held().output("o").blocked(1, None), "Wait OutputConflict! change"),
-        ("output renamed", held().output("p").reserved("o"), "ReleaseOutput"),
-        ("renamed, released", held().output("p").object(OutputObject::Unknown), "ReserveOutput"),
-        ("output removed", held().reserved("o"), "Intent"),
-        ("somebody else's file needs no input", held().gemini_file().no_input(), "Intent"),
-        ("somebody else's file, no key", held().gemini_file().no_key(), "Wait CredentialsNotFound! recheck"),
-    ]);
+    check! {
+        "just applied": applied() => "AddFinalizer";
+        "nothing else counts before the finalizer": applied().no_key() => "AddFinalizer";
+        "no output wanted": held() => "Intent";
+        "no key": held().no_key() => "Wait CredentialsNotFound! recheck";
+        "bad input": held().no_input() => "Wait InputInvalid! recheck";
+        "no key is said before a bad input": held().no_key().no_input() => "Wait CredentialsNotFound! recheck";
+        "a bad input is found before the output is touched": held().output("o").no_input() => "Wait InputInvalid! recheck";
+        "output": held().output("o") => "ReserveOutput";
+        "output reserved": held().output("o").reserved("o") => "Intent";
+        "output taken": held().output("o").blocked(1, Some(30)) => "Wait OutputConflict! +30";
+        "output taken, time to look again": held().output("o").blocked(1, Some(0)) => "ReserveOutput";
+        "output taken, job edited": held().output("o").blocked(0, Some(30)) => "ReserveOutput";
+        "output taken for ever": held().output("o").blocked(1, None) => "Wait OutputConflict! change";
+        "output renamed": held().output("p").reserved("o") => "ReleaseOutput";
+        "renamed, released": held().output("p").object(OutputObject::Unknown) => "ReserveOutput";
+        "output removed": held().reserved("o") => "Intent";
+        "somebody else's file needs no input": held().gemini_file().no_input() => "Intent";
+        "somebody else's file, no key": held().gemini_file().no_key() => "Wait CredentialsNotFound! recheck";
+    }
     assert!(matches!(held().output("p").reserved("o").decide(),
         Decision::Act(Action::ReleaseOutput { name }) if name == "o"));
 }
@@ -400,31 +395,23 @@ fn an_intent_says_all_that_a_restart_has_to_know() {
 #[test]
 fn a_send_in_the_process_that_intended_it() {
     let named = Stage::Uploaded { file: "files/theirs".to_owned() };
-    check([
-        ("intended", sending(Stage::NotUploaded), "UploadInput"),
-        ("the input went bad", sending(Stage::NotUploaded).no_input(), "Wait InputInvalid! recheck"),
-        ("the input changed", sending(Stage::NotUploaded).other_input(), "Intent"),
-        ("the key changed", sending(Stage::NotUploaded).key("other"), "Intent"),
-        ("no key", sending(Stage::NotUploaded).no_key(), "Wait CredentialsNotFound! recheck"),
-        ("uploaded", sending(uploaded()), "CreateBatch"),
-        ("uploaded under another name", sending(named.clone()), "InputFile"),
-        ("uploaded, the key changed", sending(uploaded()).key("other"), "Intent"),
-        ("another name, the key changed", sending(named).key("other"), "Intent"),
-        (
-            "uploaded, the key changed, bad input",
-            sending(uploaded()).key("other").no_input(),
-            "Wait InputInvalid! recheck",
-        ),
-        ("uploaded, no key", sending(uploaded()).no_key(), "Wait CredentialsNotFound! recheck"),
-        ("created", sending(Stage::Created(boxed(BatchState::Pending))), "Submitted"),
-        ("found", sending(Stage::Found(boxed(BatchState::Pending))), "Submitted"),
-        (
-            "created, no key any more",
-            sending(Stage::Created(boxed(BatchState::Pending))).no_key(),
-            "Submitted",
-        ),
-        ("created, other key", sending(Stage::Created(boxed(BatchState::Pending))).key("other"), "Submitted"),
-    ]);
+    check! {
+        "intended": sending(Stage::NotUploaded) => "UploadInput";
+        "the input went bad": sending(Stage::NotUploaded).no_input() => "Wait InputInvalid! recheck";
+        "the input changed": sending(Stage::NotUploaded).other_input() => "Intent";
+        "the key changed": sending(Stage::NotUploaded).key("other") => "Intent";
+        "no key": sending(Stage::NotUploaded).no_key() => "Wait CredentialsNotFound! recheck";
+        "uploaded": sending(uploaded()) => "CreateBatch";
+        "uploaded under another name": sending(named.clone()) => "InputFile";
+        "uploaded, the key changed": sending(uploaded()).key("other") => "Intent";
+        "another name, the key changed": sending(named).key("other") => "Intent";
+        "uploaded, the key changed, bad input": sending(uploaded()).key("other").no_input() => "Wait InputInvalid! recheck";
+        "uploaded, no key": sending(uploaded()).no_key() => "Wait CredentialsNotFound! recheck";
+        "created": sending(Stage::Created(boxed(BatchState::Pending))) => "Submitted";
+        "found": sending(Stage::Found(boxed(BatchState::Pending))) => "Submitted";
+        "created, no key any more": sending(Stage::Created(boxed(BatchState::Pending))).no_key() => "Submitted";
+        "created, other key": sending(Stage::Created(boxed(BatchState::Pending))).key("other") => "Submitted";
+    }
     assert!(matches!(sending(Stage::Found(boxed(BatchState::Pending))).decide(),
         Decision::Record(c) if matches!(*c, Change::Submitted { adopted: true, .. })));
     // What is asked for is what was recorded.
@@ -451,45 +438,33 @@ fn refusals() {
         let fingerprint = fingerprint.to_owned();
         credentials().with(|c| c.memory.probe = Some(Probe { fingerprint, accepted, next: at(next) }))
     };
-    check([
-        ("quota", recorded(Reason::WaitingForQuota), "Refused"),
-        ("quota, no key", recorded(Reason::WaitingForQuota).no_key(), "Refused"),
-        ("credentials", recorded(Reason::CredentialsRefused), "Refused"),
-        ("file gone", recorded(Reason::InputFileNotFound), "Refused"),
-        (
-            "no such model",
-            sending(refused_stage(Reason::ModelNotFound, true)),
-            "Finished Failed ModelNotFound",
-        ),
-        ("bad lines", sending(refused_stage(Reason::InputRefused, true)), "Finished Failed InputRefused"),
-        (
-            "their file gone",
-            sending(refused_stage(Reason::InputFileNotFound, true)),
-            "Finished Failed InputFileNotFound",
-        ),
-        ("quota, waiting", quota(), "Wait WaitingForQuota +59"),
-        ("quota, due", quota().at(59), "Intent"),
-        ("quota, due, bad input", quota().at(59).no_input(), "Wait InputInvalid! recheck"),
-        (
-            "quota, due, output taken",
-            quota().at(59).output("o").blocked(1, Some(90)),
-            "Wait OutputConflict! +90",
-        ),
-        ("quota, other key: no reason to wait", quota().key("other"), "Intent"),
-        ("quota, no key", quota().no_key(), "Wait CredentialsNotFound! recheck"),
-        ("quota at the upload", refused_for(Upload, Reason::WaitingForQuota), "Wait WaitingForQuota +59"),
-        ("precondition", refused_for(Create, Reason::PreconditionFailed), "Wait PreconditionFailed! +59"),
-        ("our file gone", refused_for(Create, Reason::InputFileNotFound), "Wait InputFileNotFound! +59"),
-        ("our file gone, due", refused_for(Create, Reason::InputFileNotFound).at(59), "Intent"),
-        ("credentials", credentials(), "Wait CredentialsRefused! +59"),
-        ("credentials, due: ask before sending", credentials().at(59), "ProbeCredential"),
-        ("probed, refused", probed(KEY, false, 20), "Wait CredentialsRefused! +20"),
-        ("probed, refused, due", probed(KEY, false, 0), "ProbeCredential"),
-        ("probed, accepted", probed(KEY, true, 20), "Intent"),
-        ("probed another key", probed("other", true, 20), "ProbeCredential"),
-        ("credentials, other key", credentials().key("other"), "Intent"),
-        ("credentials, no key", credentials().no_key(), "Wait CredentialsNotFound! recheck"),
-    ]);
+    check! {
+        "quota": recorded(Reason::WaitingForQuota) => "Refused";
+        "quota, no key": recorded(Reason::WaitingForQuota).no_key() => "Refused";
+        "credentials": recorded(Reason::CredentialsRefused) => "Refused";
+        "file gone": recorded(Reason::InputFileNotFound) => "Refused";
+        "no such model": sending(refused_stage(Reason::ModelNotFound, true)) => "Finished Failed ModelNotFound";
+        "bad lines": sending(refused_stage(Reason::InputRefused, true)) => "Finished Failed InputRefused";
+        "their file gone": sending(refused_stage(Reason::InputFileNotFound, true)) => "Finished Failed InputFileNotFound";
+        "quota, waiting": quota() => "Wait WaitingForQuota +59";
+        "quota, due": quota().at(59) => "Intent";
+        "quota, due, bad input": quota().at(59).no_input() => "Wait InputInvalid! recheck";
+        "quota, due, output taken": quota().at(59).output("o").blocked(1, Some(90)) => "Wait OutputConflict! +90";
+        "quota, other key: no reason to wait": quota().key("other") => "Intent";
+        "quota, no key": quota().no_key() => "Wait CredentialsNotFound! recheck";
+        "quota at the upload": refused_for(Upload, Reason::WaitingForQuota) => "Wait WaitingForQuota +59";
+        "precondition": refused_for(Create, Reason::PreconditionFailed) => "Wait PreconditionFailed! +59";
+        "our file gone": refused_for(Create, Reason::InputFileNotFound) => "Wait InputFileNotFound! +59";
+        "our file gone, due": refused_for(Create, Reason::InputFileNotFound).at(59) => "Intent";
+        "credentials": credentials() => "Wait CredentialsRefused! +59";
+        "credentials, due: ask before sending": credentials().at(59) => "ProbeCredential";
+        "probed, refused": probed(KEY, false, 20) => "Wait CredentialsRefused! +20";
+        "probed, refused, due": probed(KEY, false, 0) => "ProbeCredential";
+        "probed, accepted": probed(KEY, true, 20) => "Intent";
+        "probed another key": probed("other", true, 20) => "ProbeCredential";
+        "credentials, other key": credentials().key("other") => "Intent";
+        "credentials, no key": credentials().no_key() => "Wait CredentialsNotFound! recheck";
+    }
 }
 
 #[test]
@@ -535,31 +510,23 @@ fn an_unknown_outcome_is_looked_for_and_never_sent_again() {
         let refuted = Some(BatchName::parse(id).unwrap());
         sending(Stage::Unsure(Search { listings: 1, next: Some(at(10)), refuted, file_unasked: false }))
     };
-    check([
-        ("at once", sending(Stage::Unsure(Search::default())), "FindBatch"),
-        ("later", searched(), "Wait SubmissionUnconfirmed! +10"),
-        ("due", searched().at(10), "FindBatch"),
-        ("after a month", searched().at(30 * 86_400), "FindBatch"),
-        ("the input changed", searched().other_input(), "Wait SubmissionUnconfirmed! +10"),
-        ("no key", searched().no_key(), "Wait CredentialsNotFound! recheck"),
-        ("other key: it may see the batch", searched().at(10).key("other"), "FindBatch"),
-        ("other key, later", searched().key("other"), "Wait CredentialsChanged! +10"),
-        (
-            "other key, much later",
-            sending(unsure(Some(600))).key("other"),
-            "Wait CredentialsChanged! recheck",
-        ),
-        ("a callback names it", searched().hint("m", Some("b7")), "ConfirmHinted"),
-        (
-            "a callback names another one",
-            refuted("b7").hint("m", Some("b7")),
-            "Wait SubmissionUnconfirmed! +10",
-        ),
-        ("and then this one", refuted("b7").hint("m", Some("b8")), "ConfirmHinted"),
-        ("a callback names none", searched().hint("m", None), "Wait SubmissionUnconfirmed! +10"),
-        ("a callback names nonsense", searched().hint("m", Some("../x")), "Wait SubmissionUnconfirmed! +10"),
-        ("their file", searched().gemini_file(), "Wait SubmissionUnconfirmed! +10"),
-    ]);
+    check! {
+        "at once": sending(Stage::Unsure(Search::default())) => "FindBatch";
+        "later": searched() => "Wait SubmissionUnconfirmed! +10";
+        "due": searched().at(10) => "FindBatch";
+        "after a month": searched().at(30 * 86_400) => "FindBatch";
+        "the input changed": searched().other_input() => "Wait SubmissionUnconfirmed! +10";
+        "no key": searched().no_key() => "Wait CredentialsNotFound! recheck";
+        "other key: it may see the batch": searched().at(10).key("other") => "FindBatch";
+        "other key, later": searched().key("other") => "Wait CredentialsChanged! +10";
+        "other key, much later": sending(unsure(Some(600))).key("other") => "Wait CredentialsChanged! recheck";
+        "a callback names it": searched().hint("m", Some("b7")) => "ConfirmHinted";
+        "a callback names another one": refuted("b7").hint("m", Some("b7")) => "Wait SubmissionUnconfirmed! +10";
+        "and then this one": refuted("b7").hint("m", Some("b8")) => "ConfirmHinted";
+        "a callback names none": searched().hint("m", None) => "Wait SubmissionUnconfirmed! +10";
+        "a callback names nonsense": searched().hint("m", Some("../x")) => "Wait SubmissionUnconfirmed! +10";
+        "their file": searched().gemini_file() => "Wait SubmissionUnconfirmed! +10";
+    }
 }
 
 #[test]
@@ -569,34 +536,23 @@ fn after_a_restart_a_missing_file_is_proof_only_where_it_can_be() {
         let search = Search { next: Some(at(10)), file_unasked: true, ..Search::default() };
         sending(Stage::Unsure(search)).key(key).at(now)
     };
-    check([
-        ("was it uploaded?", intended(), "FindInputFile"),
-        (
-            "another send is remembered",
-            intended().stage(uploaded()).attempt(|a| {
-                a.send_id = "later".to_owned();
-                a.input_file = identity::input_file(CLUSTER, UID, 1, "later");
-            }),
-            "FindInputFile",
-        ),
-        ("a day later files may have gone", intended().at(86_400), "FindBatch"),
-        ("somebody else's file", intended().gemini_file(), "FindBatch"),
-        (
-            "the file of an earlier send, which may have expired",
-            renamed("files/gbo-0-1-earlier"),
-            "FindBatch",
-        ),
-        ("a name that Gemini gave: it was complete", renamed("files/abc"), "FindBatch"),
-        ("no key", intended().no_key(), "Wait CredentialsNotFound! recheck"),
-        ("other key: the file proves nothing", intended().key("other"), "FindBatch"),
-        ("other key, a callback", intended().key("other").hint("m", Some("b1")), "ConfirmHinted"),
-        ("other key, searched", unasked("other", 0), "Wait CredentialsChanged! +10"),
-        ("the key is back", unasked(KEY, 0), "FindInputFile"),
-        ("the key is back too late", unasked(KEY, 86_400), "FindBatch"),
-        ("refused", refused_for(RefusedCall::Create, Reason::WaitingForQuota), "Wait WaitingForQuota +59"),
-        ("running", running(), "Wait Running change"),
-        ("finished", finished(), "DeleteInputFile"),
-    ]);
+    check! {
+        "was it uploaded?": intended() => "FindInputFile";
+        "another send is remembered": intended().stage(uploaded()).attempt(|a| { a.send_id = "later".to_owned(); a.input_file = identity::input_file(CLUSTER, UID, 1, "later"); }) => "FindInputFile";
+        "a day later files may have gone": intended().at(86_400) => "FindBatch";
+        "somebody else's file": intended().gemini_file() => "FindBatch";
+        "the file of an earlier send, which may have expired": renamed("files/gbo-0-1-earlier") => "FindBatch";
+        "a name that Gemini gave: it was complete": renamed("files/abc") => "FindBatch";
+        "no key": intended().no_key() => "Wait CredentialsNotFound! recheck";
+        "other key: the file proves nothing": intended().key("other") => "FindBatch";
+        "other key, a callback": intended().key("other").hint("m", Some("b1")) => "ConfirmHinted";
+        "other key, searched": unasked("other", 0) => "Wait CredentialsChanged! +10";
+        "the key is back": unasked(KEY, 0) => "FindInputFile";
+        "the key is back too late": unasked(KEY, 86_400) => "FindBatch";
+        "refused": refused_for(RefusedCall::Create, Reason::WaitingForQuota) => "Wait WaitingForQuota +59";
+        "running": running() => "Wait Running change";
+        "finished": finished() => "DeleteInputFile";
+    }
 }
 
 // ------------------------------------------------------------------------------ while it runs
@@ -613,123 +569,64 @@ fn while_it_runs() {
             l.next = Some(at(next));
         })
     };
-    check([
-        ("nothing new", running(), "Wait Running change"),
-        ("seen running", seen(), "Wait Running change"),
-        (
-            "seen in an unknown state",
-            running().remote(Remote::Seen(boxed(BatchState::Unknown))),
-            "Wait Running change",
-        ),
-        ("no key", running().no_key(), "Wait CredentialsNotFound! recheck"),
-        ("other key, until it is needed", running().key("other"), "Wait Running change"),
-        ("a callback", running().hint("m", None), "GetBatch"),
-        (
-            "a callback that was acted on",
-            running().hint("m", None).attempt(|a| a.observed_hint = Some("m".to_owned())),
-            "Wait Running change",
-        ),
-        ("a callback, other key", running().hint("m", None).key("other"), "GetBatch"),
-        ("a callback, no key", running().hint("m", None).no_key(), "Wait CredentialsNotFound! recheck"),
-        ("an early callback", following(5), "Wait Running +5"),
-        ("an early callback, due", following(0), "GetBatch"),
-        ("a second callback meanwhile", following(5).hint("m2", None), "GetBatch"),
-        ("all looks made", spent(seen().hint("m", None), "m"), "HintObserved"),
-        ("a new callback, budget spent", spent(seen().hint("m2", None), "m"), "Wait Running +56"),
-        ("the budget is back", spent(seen().hint("m2", None), "m").at(56), "GetBatch"),
-        ("swept", running().looks(|l| l.swept = true), "GetBatch"),
-        (
-            "swept, budget spent",
-            spent(seen().looks(|l| l.swept = true), "m").looks(|l| l.swept = true),
-            "Wait Running +56",
-        ),
-        (
-            "a name that is none",
-            running().attempt(|a| a.batch_name = Some("a/b".to_owned())),
-            "Wait BatchNotFound! recheck",
-        ),
-    ]);
+    check! {
+        "nothing new": running() => "Wait Running change";
+        "seen running": seen() => "Wait Running change";
+        "seen in an unknown state": running().remote(Remote::Seen(boxed(BatchState::Unknown))) => "Wait Running change";
+        "no key": running().no_key() => "Wait CredentialsNotFound! recheck";
+        "other key, until it is needed": running().key("other") => "Wait Running change";
+        "a callback": running().hint("m", None) => "GetBatch";
+        "a callback that was acted on": running().hint("m", None).attempt(|a| a.observed_hint = Some("m".to_owned())) => "Wait Running change";
+        "a callback, other key": running().hint("m", None).key("other") => "GetBatch";
+        "a callback, no key": running().hint("m", None).no_key() => "Wait CredentialsNotFound! recheck";
+        "an early callback": following(5) => "Wait Running +5";
+        "an early callback, due": following(0) => "GetBatch";
+        "a second callback meanwhile": following(5).hint("m2", None) => "GetBatch";
+        "all looks made": spent(seen().hint("m", None), "m") => "HintObserved";
+        "a new callback, budget spent": spent(seen().hint("m2", None), "m") => "Wait Running +56";
+        "the budget is back": spent(seen().hint("m2", None), "m").at(56) => "GetBatch";
+        "swept": running().looks(|l| l.swept = true) => "GetBatch";
+        "swept, budget spent": spent(seen().looks(|l| l.swept = true), "m").looks(|l| l.swept = true) => "Wait Running +56";
+        "a name that is none": running().attempt(|a| a.batch_name = Some("a/b".to_owned())) => "Wait BatchNotFound! recheck";
+    }
 }
 
 #[test]
 fn a_batch_that_gemini_does_not_show() {
     let gone = || running().remote(missing(KEY, 3, -600, 30));
-    check([
-        ("for the first time", running().remote(missing(KEY, 1, 0, 1)), "Wait GeminiUnavailable +1"),
-        ("due", running().remote(missing(KEY, 1, -1, 0)), "GetBatch"),
-        (
-            "ten minutes, but only two looks",
-            running().remote(missing(KEY, 2, -600, 30)),
-            "Wait GeminiUnavailable +30",
-        ),
-        (
-            "many looks, but not ten minutes",
-            running().remote(missing(KEY, 9, -599, 30)),
-            "Wait GeminiUnavailable +30",
-        ),
-        ("gone: read what there may be", gone(), "Collect"),
-        ("gone, and no results", gone().unreadable(KEY, 0, 1), "Finished Failed BatchNotFound"),
-        (
-            "gone, results are there",
-            gone().with(|c| c.memory.collected = Some(collected(2, Lines::Dropped))),
-            "Finished Failed BatchNotFound",
-        ),
-        ("gone, no key", gone().no_key(), "Wait CredentialsNotFound! recheck"),
-        (
-            "not shown to another key",
-            running().remote(missing("other", 9, -9000, 30)).key("other"),
-            "Wait CredentialsChanged! +30",
-        ),
-        (
-            "not shown to another key, which is looked at soon",
-            running().remote(missing("other", 9, -9000, 600)).key("other"),
-            "Wait CredentialsChanged! recheck",
-        ),
-        (
-            "the old key is back: it has not been asked",
-            running().remote(missing("other", 9, -9000, 600)),
-            "GetBatch",
-        ),
-        (
-            "a third key has not been asked either",
-            running().remote(missing("other", 9, -9000, 600)).key("third"),
-            "GetBatch",
-        ),
-        (
-            "an old absence under another key",
-            running().remote(missing(KEY, 9, -9000, 600)).key("other"),
-            "GetBatch",
-        ),
-    ]);
+    check! {
+        "for the first time": running().remote(missing(KEY, 1, 0, 1)) => "Wait GeminiUnavailable +1";
+        "due": running().remote(missing(KEY, 1, -1, 0)) => "GetBatch";
+        "ten minutes, but only two looks": running().remote(missing(KEY, 2, -600, 30)) => "Wait GeminiUnavailable +30";
+        "many looks, but not ten minutes": running().remote(missing(KEY, 9, -599, 30)) => "Wait GeminiUnavailable +30";
+        "ten minutes, but not asked lately": running().remote(missing(KEY, 3, -600, 0)) => "GetBatch";
+        "gone: read what there may be": gone() => "Collect";
+        "gone, and no results": gone().unreadable(KEY, 0, 1) => "Finished Failed BatchNotFound";
+        "gone, results are there": gone().with(|c| c.memory.collected = Some(collected(2, Lines::Dropped))) => "Finished Failed BatchNotFound";
+        "gone, no key": gone().no_key() => "Wait CredentialsNotFound! recheck";
+        "not shown to another key": running().remote(missing("other", 9, -9000, 30)).key("other") => "Wait CredentialsChanged! +30";
+        "not shown to another key, which is looked at soon": running().remote(missing("other", 9, -9000, 600)).key("other") => "Wait CredentialsChanged! recheck";
+        "the old key is back: it has not been asked": running().remote(missing("other", 9, -9000, 600)) => "GetBatch";
+        "a third key has not been asked either": running().remote(missing("other", 9, -9000, 600)).key("third") => "GetBatch";
+        "an old absence under another key": running().remote(missing(KEY, 9, -9000, 600)).key("other") => "GetBatch";
+    }
     let Decision::Act(Action::Collect { batch, .. }) = gone().decide() else { panic!() };
     assert!(batch.is_none());
 }
 
 #[test]
 fn gemini_in_trouble() {
-    check([
-        ("the first failure", running().trouble(1, Reason::GeminiUnavailable, 5), "Wait - +5"),
-        ("a lasting one", running().trouble(2, Reason::GeminiUnavailable, 5), "Wait GeminiUnavailable +5"),
-        (
-            "a first one with a long wait",
-            running().trouble(1, Reason::GeminiUnavailable, 301),
-            "Wait GeminiUnavailable +301",
-        ),
-        ("a refused key", running().trouble(2, Reason::CredentialsRefused, 5), "Wait CredentialsRefused! +5"),
-        ("over", running().trouble(9, Reason::GeminiUnavailable, 0), "Wait Running change"),
-        (
-            "while sending",
-            sending(uploaded()).trouble(2, Reason::GeminiUnavailable, 5),
-            "Wait GeminiUnavailable +5",
-        ),
-        ("the finalizer comes first", applied().trouble(2, Reason::GeminiUnavailable, 5), "AddFinalizer"),
-        ("a finished job has none", finished().trouble(2, Reason::GeminiUnavailable, 5), "DeleteInputFile"),
-        (
-            "a deletion does not wait for it",
-            running().deleted().trouble(2, Reason::GeminiUnavailable, 5),
-            "CancelBatch",
-        ),
-    ]);
+    check! {
+        "the first failure": running().trouble(1, Reason::GeminiUnavailable, 5) => "Wait - +5";
+        "a lasting one": running().trouble(2, Reason::GeminiUnavailable, 5) => "Wait GeminiUnavailable +5";
+        "a first one with a long wait": running().trouble(1, Reason::GeminiUnavailable, 301) => "Wait GeminiUnavailable +301";
+        "a refused key": running().trouble(2, Reason::CredentialsRefused, 5) => "Wait CredentialsRefused! +5";
+        "over": running().trouble(9, Reason::GeminiUnavailable, 0) => "Wait Running change";
+        "while sending": sending(uploaded()).trouble(2, Reason::GeminiUnavailable, 5) => "Wait GeminiUnavailable +5";
+        "the finalizer comes first": applied().trouble(2, Reason::GeminiUnavailable, 5) => "AddFinalizer";
+        "a finished job has none": finished().trouble(2, Reason::GeminiUnavailable, 5) => "DeleteInputFile";
+        "a deletion does not wait for it": running().deleted().trouble(2, Reason::GeminiUnavailable, 5) => "CancelBatch";
+    }
 }
 
 // ------------------------------------------------------------------------------------ results
@@ -744,53 +641,29 @@ fn results_are_read_with_patience() {
             }
         })
     };
-    const DAY: i64 = 86_400;
-    check([
-        ("succeeded", ended(Succeeded), "Collect"),
-        ("failed", ended(Failed), "Collect"),
-        (
-            "done in an unknown state",
-            ended(BatchState::Unknown).with(|c| {
-                if let Some(Remote::Seen(b)) = &mut c.memory.remote {
-                    b.done = true;
-                }
-            }),
-            "Collect",
-        ),
-        ("no key", ended(Succeeded).no_key(), "Wait CredentialsNotFound! recheck"),
-        ("other key: try", ended(Succeeded).key("other"), "Collect"),
-        ("not yet readable", ended(Succeeded).unreadable(KEY, 0, 2), "Wait ResultsNotReadable +2"),
-        ("not yet readable, due", ended(Succeeded).unreadable(KEY, -2, 0), "Collect"),
-        ("late", ended(Succeeded).unreadable(KEY, -600, 2), "Wait ResultsNotReadable! +2"),
-        ("almost a day late", ended(Succeeded).unreadable(KEY, 1 - DAY, 2), "Wait ResultsNotReadable! +2"),
-        ("a day late", ended(Succeeded).unreadable(KEY, -DAY, 2), "Finished Failed ResultsLost"),
-        (
-            "a day late, no key",
-            ended(Succeeded).unreadable(KEY, -DAY, 2).no_key(),
-            "Wait CredentialsNotFound! recheck",
-        ),
-        ("failed: nothing was promised", ended(Failed).unreadable(KEY, 0, 2), "Finished Failed BatchFailed"),
-        ("expired", ended(Expired).unreadable(KEY, 0, 2), "Finished Failed BatchExpired"),
-        ("cancelled", ended(Cancelled).unreadable(KEY, 0, 2), "Finished Cancelled BatchCancelled"),
-        (
-            "expired, but Gemini names a file",
-            named(ended(Expired)).unreadable(KEY, 0, 2),
-            "Wait ResultsNotReadable +2",
-        ),
-        (
-            "another key may not read it",
-            ended(Succeeded).unreadable("other", -DAY, 2).key("other"),
-            "Wait CredentialsChanged! +2",
-        ),
-        (
-            "another key, nothing promised",
-            ended(Expired).unreadable("other", 0, 600).key("other"),
-            "Wait CredentialsChanged! recheck",
-        ),
-        ("another key, due", ended(Expired).unreadable("other", -1, 0).key("other"), "Collect"),
-        ("the old key is back", ended(Succeeded).unreadable("other", -DAY, 2), "Collect"),
-        ("the old key is back, nothing promised", ended(Expired).unreadable("other", -DAY, 2), "Collect"),
-    ]);
+    check! {
+        "succeeded": ended(Succeeded) => "Collect";
+        "failed": ended(Failed) => "Collect";
+        "done in an unknown state": ended(BatchState::Unknown).with(|c| { if let Some(Remote::Seen(b)) = &mut c.memory.remote { b.done = true; } }) => "Collect";
+        "no key": ended(Succeeded).no_key() => "Wait CredentialsNotFound! recheck";
+        "other key: try": ended(Succeeded).key("other") => "Collect";
+        "not yet readable": ended(Succeeded).unreadable(KEY, 0, 2) => "Wait ResultsNotReadable +2";
+        "not yet readable, due": ended(Succeeded).unreadable(KEY, -2, 0) => "Collect";
+        "late": ended(Succeeded).unreadable(KEY, -600, 2) => "Wait ResultsNotReadable! +2";
+        "almost a day late": ended(Succeeded).unreadable(KEY, -86_399, 2) => "Wait ResultsNotReadable! +2";
+        "a day late, but not asked lately": ended(Succeeded).unreadable(KEY, -86_400, 0) => "Collect";
+        "a day late": ended(Succeeded).unreadable(KEY, -86_400, 2) => "Finished Failed ResultsLost";
+        "a day late, no key": ended(Succeeded).unreadable(KEY, -86_400, 2).no_key() => "Wait CredentialsNotFound! recheck";
+        "failed: nothing was promised": ended(Failed).unreadable(KEY, 0, 2) => "Finished Failed BatchFailed";
+        "expired": ended(Expired).unreadable(KEY, 0, 2) => "Finished Failed BatchExpired";
+        "cancelled": ended(Cancelled).unreadable(KEY, 0, 2) => "Finished Cancelled BatchCancelled";
+        "expired, but Gemini names a file": named(ended(Expired)).unreadable(KEY, 0, 2) => "Wait ResultsNotReadable +2";
+        "another key may not read it": ended(Succeeded).unreadable("other", -86_400, 2).key("other") => "Wait CredentialsChanged! +2";
+        "another key, nothing promised": ended(Expired).unreadable("other", 0, 600).key("other") => "Wait CredentialsChanged! recheck";
+        "another key, due": ended(Expired).unreadable("other", -1, 0).key("other") => "Collect";
+        "the old key is back": ended(Succeeded).unreadable("other", -86_400, 2) => "Collect";
+        "the old key is back, nothing promised": ended(Expired).unreadable("other", -86_400, 2) => "Collect";
+    }
 }
 
 #[test]
@@ -799,83 +672,31 @@ fn results_go_where_the_output_says() {
     let large = || Lines::TooLarge { bytes: 9 };
     let stored = |case: Case, name: &str| case.object(OutputObject::Stored { name: name.to_owned() });
     let nothing = |case: Case| case.with(|c| c.memory.collected = Some(Collected::default()));
-    check([
-        ("no output", read(Succeeded, Lines::Dropped), "Finished Succeeded Completed"),
-        (
-            "no output, no key any more",
-            read(Succeeded, Lines::Dropped).no_key(),
-            "Finished Succeeded Completed",
-        ),
-        (
-            "no response",
-            ended(Succeeded).with(|c| c.memory.collected = Some(collected(0, Lines::Dropped))),
-            "Finished Failed AllRequestsFailed",
-        ),
-        ("after a restart", read(Succeeded, kept()).output("o"), "StoreResults"),
-        ("reserved", read(Succeeded, kept()).output("o").reserved("o"), "StoreResults"),
-        (
-            "reserved, read before there was an output",
-            read(Succeeded, Lines::Dropped).output("o").reserved("o"),
-            "Collect",
-        ),
-        ("read before there was an output", read(Succeeded, Lines::Dropped).output("o"), "ReserveOutput"),
-        ("stored", stored(read(Succeeded, Lines::Dropped).output("o"), "o"), "Finished Succeeded Completed"),
-        ("stored, then renamed", stored(read(Succeeded, Lines::Dropped).output("p"), "o"), "ReserveOutput"),
-        ("renamed", read(Succeeded, kept()).output("p").reserved("o"), "ReleaseOutput"),
-        ("what an expired batch had", read(Expired, kept()).output("o").reserved("o"), "StoreResults"),
-        (
-            "what a failed batch had",
-            stored(read(Failed, Lines::Dropped).output("o"), "o"),
-            "Finished Failed BatchFailed",
-        ),
-        (
-            "too large",
-            read(Succeeded, large()).output("o").reserved("o"),
-            "Wait OutputTooLarge!+results change",
-        ),
-        (
-            "too large after a restart",
-            read(Succeeded, large()).output("o"),
-            "Wait OutputTooLarge!+results change",
-        ),
-        ("too large, output removed", read(Succeeded, large()), "Finished Succeeded Completed"),
-        (
-            "too large, output removed, still reserved",
-            read(Succeeded, large()).reserved("o"),
-            "ReleaseOutput",
-        ),
-        (
-            "not writable",
-            read(Succeeded, Lines::Dropped).output("o").blocked(1, Some(30)),
-            "Wait OutputConflict!+results +30",
-        ),
-        (
-            "not writable, job edited",
-            read(Succeeded, Lines::Dropped).output("p").blocked(0, Some(30)),
-            "ReserveOutput",
-        ),
-        (
-            "not writable, due",
-            read(Succeeded, Lines::Dropped).output("o").blocked(1, Some(0)),
-            "ReserveOutput",
-        ),
-        (
-            "nothing to store: give the reservation back",
-            nothing(ended(Succeeded)).output("o").reserved("o"),
-            "ReleaseOutput",
-        ),
-        ("nothing to store after a restart", nothing(ended(Succeeded)).output("o"), "ReleaseOutput"),
-        (
-            "given back",
-            nothing(ended(Succeeded)).output("o").cleanup(|c| c.output_released = true),
-            "Finished Failed AllRequestsFailed",
-        ),
-        (
-            "lost: give the reservation back",
-            ended(Succeeded).output("o").reserved("o").unreadable(KEY, -86_400, 2),
-            "ReleaseOutput",
-        ),
-    ]);
+    check! {
+        "no output": read(Succeeded, Lines::Dropped) => "Finished Succeeded Completed";
+        "no output, no key any more": read(Succeeded, Lines::Dropped).no_key() => "Finished Succeeded Completed";
+        "no response": ended(Succeeded).with(|c| c.memory.collected = Some(collected(0, Lines::Dropped))) => "Finished Failed AllRequestsFailed";
+        "after a restart": read(Succeeded, kept()).output("o") => "StoreResults";
+        "reserved": read(Succeeded, kept()).output("o").reserved("o") => "StoreResults";
+        "reserved, read before there was an output": read(Succeeded, Lines::Dropped).output("o").reserved("o") => "Collect";
+        "read before there was an output": read(Succeeded, Lines::Dropped).output("o") => "ReserveOutput";
+        "stored": stored(read(Succeeded, Lines::Dropped).output("o"), "o") => "Finished Succeeded Completed";
+        "stored, then renamed": stored(read(Succeeded, Lines::Dropped).output("p"), "o") => "ReserveOutput";
+        "renamed": read(Succeeded, kept()).output("p").reserved("o") => "ReleaseOutput";
+        "what an expired batch had": read(Expired, kept()).output("o").reserved("o") => "StoreResults";
+        "what a failed batch had": stored(read(Failed, Lines::Dropped).output("o"), "o") => "Finished Failed BatchFailed";
+        "too large": read(Succeeded, large()).output("o").reserved("o") => "Wait OutputTooLarge!+results change";
+        "too large after a restart": read(Succeeded, large()).output("o") => "Wait OutputTooLarge!+results change";
+        "too large, output removed": read(Succeeded, large()) => "Finished Succeeded Completed";
+        "too large, output removed, still reserved": read(Succeeded, large()).reserved("o") => "ReleaseOutput";
+        "not writable": read(Succeeded, Lines::Dropped).output("o").blocked(1, Some(30)) => "Wait OutputConflict!+results +30";
+        "not writable, job edited": read(Succeeded, Lines::Dropped).output("p").blocked(0, Some(30)) => "ReserveOutput";
+        "not writable, due": read(Succeeded, Lines::Dropped).output("o").blocked(1, Some(0)) => "ReserveOutput";
+        "nothing to store: give the reservation back": nothing(ended(Succeeded)).output("o").reserved("o") => "ReleaseOutput";
+        "nothing to store after a restart": nothing(ended(Succeeded)).output("o") => "ReleaseOutput";
+        "given back": nothing(ended(Succeeded)).output("o").cleanup(|c| c.output_released = true) => "Finished Failed AllRequestsFailed";
+        "lost: give the reservation back": ended(Succeeded).output("o").reserved("o").unreadable(KEY, -86_400, 2) => "ReleaseOutput";
+    }
     let case = stored(read(Succeeded, Lines::Dropped).output("o").hint("m", None), "o");
     let Decision::Record(change) = case.decide() else { panic!() };
     let Change::Finished(end) = *change else { panic!() };
@@ -895,28 +716,21 @@ fn after_the_end() {
             c.job.status.as_mut().unwrap().output.as_mut().unwrap().config_map = Some("o".to_owned());
         })
     };
-    check([
-        ("the input file goes", finished(), "DeleteInputFile"),
-        ("not if it is theirs", finished().gemini_file(), "DropFinalizer"),
-        ("not without a key", finished().no_key(), "DropFinalizer"),
-        ("it does not work", failing(1, 5), "Wait - +5"),
-        ("it does not work, due", failing(1, 0), "DeleteInputFile"),
-        ("it never works", failing(5, 5), "DropFinalizer"),
-        ("gone", clean(), "DropFinalizer"),
-        ("an unfilled reservation goes", clean().output("o"), "ReleaseOutput"),
-        ("once", clean().output("o").cleanup(|c| c.output_released = true), "DropFinalizer"),
-        ("a filled one stays", filled(clean().output("o")), "DropFinalizer"),
-        ("edited", finished().with(|c| c.job.metadata.generation = Some(2)), "Refresh"),
-        ("let go", clean().with(|c| c.job.metadata.finalizers = None), "Done"),
-        (
-            "let go, edited",
-            clean().with(|c| {
-                c.job.metadata.finalizers = None;
-                c.job.metadata.generation = Some(2);
-            }),
-            "Refresh",
-        ),
-    ]);
+    check! {
+        "the input file goes": finished() => "DeleteInputFile";
+        "not if it is theirs": finished().gemini_file() => "DropFinalizer";
+        "not without a key": finished().no_key() => "DropFinalizer";
+        "it does not work": failing(1, 5) => "Wait - +5";
+        "it does not work, due": failing(1, 0) => "DeleteInputFile";
+        "it never works": failing(5, 5) => "DropFinalizer";
+        "gone": clean() => "DropFinalizer";
+        "an unfilled reservation goes": clean().output("o") => "ReleaseOutput";
+        "once": clean().output("o").cleanup(|c| c.output_released = true) => "DropFinalizer";
+        "a filled one stays": filled(clean().output("o")) => "DropFinalizer";
+        "edited": finished().with(|c| c.job.metadata.generation = Some(2)) => "Refresh";
+        "let go": clean().with(|c| c.job.metadata.finalizers = None) => "Done";
+        "let go, edited": clean().with(|c| { c.job.metadata.finalizers = None; c.job.metadata.generation = Some(2); }) => "Refresh";
+    }
     let refreshed = finished().with(|c| c.job.metadata.generation = Some(2));
     let status = compose(refreshed.job.status.as_ref().unwrap(), 2, &Change::Refresh, at(0));
     assert!(status.conditions.iter().all(|c| c.observed_generation == Some(2)));
@@ -931,69 +745,39 @@ fn deletion_at_every_stage() {
     let cancelled = |case: Case| case.cleanup(|c| c.cancelled = true);
     let listed = |case: Case, n| case.cleanup(|c| c.listings = n);
     let found = BatchName::parse("b9").unwrap();
-    check([
-        ("without finalizer", applied().deleted(), "Done"),
-        ("nothing sent", held().deleted(), "DropFinalizer"),
-        ("nothing sent, no key", held().deleted().no_key(), "DropFinalizer"),
-        ("reserved", held().output("o").deleted(), "ReleaseOutput"),
-        ("released", held().output("o").deleted().cleanup(|c| c.output_released = true), "DropFinalizer"),
-        ("intended", sending(Stage::NotUploaded).deleted(), "DeleteInputFile"),
-        ("uploaded", sending(uploaded()).deleted(), "DeleteInputFile"),
-        ("uploaded, deleted", gone(sending(uploaded()).deleted()), "DropFinalizer"),
-        (
-            "created, not recorded",
-            sending(Stage::Created(boxed(BatchState::Pending))).deleted(),
-            "CancelBatch",
-        ),
-        ("found, not recorded", sending(Stage::Found(boxed(BatchState::Pending))).deleted(), "CancelBatch"),
-        (
-            "refused, not recorded",
-            sending(refused_stage(Reason::WaitingForQuota, false)).deleted(),
-            "DeleteInputFile",
-        ),
-        ("refused", refused_for(RefusedCall::Create, Reason::WaitingForQuota).deleted(), "DeleteInputFile"),
-        (
-            "refused, deleted",
-            gone(refused_for(RefusedCall::Create, Reason::WaitingForQuota).deleted()),
-            "DropFinalizer",
-        ),
-        ("running", running().deleted(), "CancelBatch"),
-        ("running, cancelled", cancelled(running().deleted()), "DeleteInputFile"),
-        ("all gone", gone(cancelled(running().deleted())), "DropFinalizer Cancelled"),
-        ("all gone, reserved", gone(cancelled(running().deleted())).output("o"), "ReleaseOutput"),
-        ("their file stays", cancelled(running().gemini_file().deleted()), "DropFinalizer Cancelled"),
-        ("ended, not read", ended(BatchState::Succeeded).deleted(), "CancelBatch"),
-        ("unknown: look for it", sending(unsure(Some(10))).deleted(), "FindToCancel"),
-        ("after a restart", intended().deleted(), "FindToCancel"),
-        (
-            "found",
-            listed(sending(unsure(None)).deleted(), 1).cleanup(|c| c.to_cancel = vec![found]),
-            "CancelBatch",
-        ),
-        ("not found: fence", listed(sending(unsure(None)).deleted(), 1), "DeleteInputFile"),
-        ("fenced: look once more", gone(listed(sending(unsure(None)).deleted(), 1)), "FindToCancel"),
-        ("nothing goes on", gone(listed(sending(unsure(None)).deleted(), 2)), "DropFinalizer"),
-        (
-            "their file can't be a fence",
-            listed(sending(unsure(None)).gemini_file().deleted(), 1),
-            "FindToCancel",
-        ),
-        ("finished", finished().deleted(), "DeleteInputFile"),
-        (
-            "finished, deletion changed the generation",
-            gone(finished().deleted()).with(|c| c.job.metadata.generation = Some(2)),
-            "DropFinalizer",
-        ),
-        ("finished, no key: no status is written", finished().deleted().no_key(), "DropFinalizer"),
-        (
-            "finished, other key",
-            finished().deleted().key("other").cleanup(|c| {
-                c.failed = Some(Tries { since: at(-1), count: 1, next: at(5) });
-            }),
-            "Wait - +5",
-        ),
-        ("finished, refused for good, still reserved", finished().output("o").deleted(), "ReleaseOutput"),
-    ]);
+    check! {
+        "without finalizer": applied().deleted() => "Done";
+        "nothing sent": held().deleted() => "DropFinalizer";
+        "nothing sent, no key": held().deleted().no_key() => "DropFinalizer";
+        "reserved": held().output("o").deleted() => "ReleaseOutput";
+        "released": held().output("o").deleted().cleanup(|c| c.output_released = true) => "DropFinalizer";
+        "intended": sending(Stage::NotUploaded).deleted() => "DeleteInputFile";
+        "uploaded": sending(uploaded()).deleted() => "DeleteInputFile";
+        "uploaded, deleted": gone(sending(uploaded()).deleted()) => "DropFinalizer";
+        "created, not recorded": sending(Stage::Created(boxed(BatchState::Pending))).deleted() => "CancelBatch";
+        "found, not recorded": sending(Stage::Found(boxed(BatchState::Pending))).deleted() => "CancelBatch";
+        "refused, not recorded": sending(refused_stage(Reason::WaitingForQuota, false)).deleted() => "DeleteInputFile";
+        "refused": refused_for(RefusedCall::Create, Reason::WaitingForQuota).deleted() => "DeleteInputFile";
+        "refused, deleted": gone(refused_for(RefusedCall::Create, Reason::WaitingForQuota).deleted()) => "DropFinalizer";
+        "running": running().deleted() => "CancelBatch";
+        "running, cancelled": cancelled(running().deleted()) => "DeleteInputFile";
+        "all gone": gone(cancelled(running().deleted())) => "DropFinalizer Cancelled";
+        "all gone, reserved": gone(cancelled(running().deleted())).output("o") => "ReleaseOutput";
+        "their file stays": cancelled(running().gemini_file().deleted()) => "DropFinalizer Cancelled";
+        "ended, not read": ended(BatchState::Succeeded).deleted() => "CancelBatch";
+        "unknown: look for it": sending(unsure(Some(10))).deleted() => "FindToCancel";
+        "after a restart": intended().deleted() => "FindToCancel";
+        "found": listed(sending(unsure(None)).deleted(), 1).cleanup(|c| c.to_cancel = vec![found]) => "CancelBatch";
+        "not found: fence": listed(sending(unsure(None)).deleted(), 1) => "DeleteInputFile";
+        "fenced: look once more": gone(listed(sending(unsure(None)).deleted(), 1)) => "FindToCancel";
+        "nothing goes on": gone(listed(sending(unsure(None)).deleted(), 2)) => "DropFinalizer";
+        "their file can't be a fence": listed(sending(unsure(None)).gemini_file().deleted(), 1) => "FindToCancel";
+        "finished": finished().deleted() => "DeleteInputFile";
+        "finished, deletion changed the generation": gone(finished().deleted()).with(|c| c.job.metadata.generation = Some(2)) => "DropFinalizer";
+        "finished, no key: no status is written": finished().deleted().no_key() => "DropFinalizer";
+        "finished, other key": finished().deleted().key("other").cleanup(|c| { c.failed = Some(Tries { since: at(-1), count: 1, next: at(5) }); }) => "Wait - +5";
+        "finished, refused for good, still reserved": finished().output("o").deleted() => "ReleaseOutput";
+    }
 }
 
 #[test]
@@ -1007,43 +791,23 @@ fn a_deletion_is_bounded_in_time() {
             c.failed = Some(Tries { since: at(-1), count: 5, next: at(9) });
         })
     };
-    check([
-        ("no key", running().deleted().no_key(), "Wait CredentialsNotFound! recheck"),
-        ("no key, near the end", running().deleted().no_key().at(270), "Wait CredentialsNotFound! +299"),
-        ("no key, over", running().deleted().no_key().at(299), "DropFinalizer Orphaned"),
-        ("other key: it may do", running().deleted().key("other"), "CancelBatch"),
-        (
-            "other key: it does not",
-            failing(running().deleted().key("other"), 4),
-            "Wait CredentialsChanged! +4",
-        ),
-        ("failing", failing(running().deleted(), 4), "Wait GeminiUnavailable +4"),
-        ("failing, due", failing(running().deleted(), 0), "CancelBatch"),
-        (
-            "failing, not beyond the end",
-            failing(running().deleted().at(290), 900),
-            "Wait GeminiUnavailable +299",
-        ),
-        ("failing, over", failing(running().deleted().at(299), 900), "DropFinalizer Orphaned"),
-        (
-            "cancelled, but the file can't be deleted: it expires",
-            gave_up(running().deleted()),
-            "DropFinalizer Cancelled",
-        ),
-        (
-            "without the fence it waits",
-            failing(sending(unsure(None)).deleted().cleanup(|c| c.listings = 1), 4),
-            "Wait GeminiUnavailable +4",
-        ),
-        (
-            "without the fence, over",
-            failing(sending(unsure(None)).deleted().cleanup(|c| c.listings = 1).at(299), 900),
-            "DropFinalizer Orphaned",
-        ),
-        ("slept through: tried once all the same", running().deleted().at(9000), "CancelBatch"),
-        ("slept through, unknown", intended().deleted().at(9000), "FindToCancel"),
-        ("slept through, no key", intended().deleted().at(9000).no_key(), "DropFinalizer Orphaned"),
-    ]);
+    check! {
+        "no key": running().deleted().no_key() => "Wait CredentialsNotFound! recheck";
+        "no key, near the end": running().deleted().no_key().at(270) => "Wait CredentialsNotFound! +299";
+        "no key, over": running().deleted().no_key().at(299) => "DropFinalizer Orphaned";
+        "other key: it may do": running().deleted().key("other") => "CancelBatch";
+        "other key: it does not": failing(running().deleted().key("other"), 4) => "Wait CredentialsChanged! +4";
+        "failing": failing(running().deleted(), 4) => "Wait GeminiUnavailable +4";
+        "failing, due": failing(running().deleted(), 0) => "CancelBatch";
+        "failing, not beyond the end": failing(running().deleted().at(290), 900) => "Wait GeminiUnavailable +299";
+        "failing, over": failing(running().deleted().at(299), 900) => "DropFinalizer Orphaned";
+        "cancelled, but the file can't be deleted: it expires": gave_up(running().deleted()) => "DropFinalizer Cancelled";
+        "without the fence it waits": failing(sending(unsure(None)).deleted().cleanup(|c| c.listings = 1), 4) => "Wait GeminiUnavailable +4";
+        "without the fence, over": failing(sending(unsure(None)).deleted().cleanup(|c| c.listings = 1).at(299), 900) => "DropFinalizer Orphaned";
+        "slept through: tried once all the same": running().deleted().at(9000) => "CancelBatch";
+        "slept through, unknown": intended().deleted().at(9000) => "FindToCancel";
+        "slept through, no key": intended().deleted().at(9000).no_key() => "DropFinalizer Orphaned";
+    }
 }
 
 // ------------------------------------------------------------------------------ what is needed
