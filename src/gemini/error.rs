@@ -496,7 +496,7 @@ mod tests {
         assert_eq!(of("Invalid JSON payload"), "it is not valid JSON");
         assert_eq!(of("contents is required"), "a field is missing");
         assert_eq!(of("something new"), "Gemini refuses it");
-        let many: String = (1..=50).map(|n| format!("Error on line {n}: x\n")).collect();
+        let many: String = (1..=50).fold(String::new(), |all, n| format!("{all}Error on line {n}: x\n"));
         assert_eq!(envelope(400, "INVALID_ARGUMENT", &many).lines().len(), MAX_LINES);
         for odd in ["Error on line x: y", "Error on line ", "Error on line 99999999999999999999999: y"] {
             assert!(envelope(400, "INVALID_ARGUMENT", odd).lines().is_empty(), "{odd}");

@@ -252,7 +252,7 @@ async fn creates_do_not_share_connections_with_each_other() {
         while let Ok((mut socket, _)) = listener.accept().await {
             count.fetch_add(1, Ordering::SeqCst);
             tokio::spawn(async move {
-                let mut chunk = [0; 65_536];
+                let mut chunk = vec![0; 65_536];
                 // Each read is a whole request: they are small and come one after another.
                 while let Ok(1..) = socket.read(&mut chunk).await {
                     let body = "{\"name\":\"batches/b1\"}";
@@ -293,7 +293,7 @@ fn configurations_that_give_the_key_away_are_refused() {
     let with = |url: &str, allow_insecure, version: &str| {
         let base_url = url.parse().unwrap();
         let api_version = version.to_owned();
-        Client::new(ClientConfig { base_url, allow_insecure, api_version, ..ClientConfig::default() })
+        Client::new(ClientConfig { base_url, api_version, allow_insecure, ..ClientConfig::default() })
     };
     assert!(Client::new(ClientConfig::default()).is_ok(), "Google's own address is one");
     assert!(with("https://x.example/prefix", false, "v1").is_ok());

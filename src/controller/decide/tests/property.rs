@@ -101,7 +101,7 @@ struct World {
 }
 
 impl World {
-    fn new(outcomes: Vec<u8>, output: u8) -> Self {
+    fn new(outcomes: Vec<u8>, output: u8, theirs: bool) -> Self {
         let mut world = Self {
             case: applied().key("k0"),
             now: 0,
@@ -118,6 +118,10 @@ impl World {
             wake: None,
         };
         world.set_output(output);
+        if theirs {
+            world.case = world.case.gemini_file();
+            world.files.insert("files/theirs".to_owned(), File { sha: None, project: 0, gone_at: i64::MAX });
+        }
         world
     }
 
@@ -183,7 +187,7 @@ impl World {
                 self.case = self.case.clone().hint(&format!("m{}", self.now), batch.as_deref());
             }
             Event::Sweep => {
-                self.case.memory.looks.swept = self.attempt().is_some_and(|a| a.batch_name.is_some())
+                self.case.memory.looks.swept = self.attempt().is_some_and(|a| a.batch_name.is_some());
             }
             Event::BatchEnds(state) => self.end_batches(state),
             Event::Delete => {
@@ -425,7 +429,7 @@ impl World {
         if !own && self.outcome(5) == 4 {
             return match action {
                 Action::CancelBatch { .. } | Action::FindToCancel { .. } | Action::DeleteInputFile { .. } => {
-                    self.cleanup_fails()
+                    self.cleanup_fails();
                 }
                 Action::GetBatch { .. } => {
                     self.looked();
@@ -490,17 +494,13 @@ impl World {
             Action::GetBatch { batch } => {
                 self.looked();
                 self.case.memory.trouble = None;
-                let remote = match self.shown(batch) {
-                    Some(seen) => Remote::Seen(Box::new(seen)),
-                    None => {
-                        let before = match &self.case.memory.remote {
-                            Some(Remote::Missing(absent)) => Some(absent),
-                            _ => None,
-                        };
-                        Remote::Missing(self.absent(before))
-                    }
+                let before = match &self.case.memory.remote {
+                    Some(Remote::Missing(absent)) => Some(absent),
+                    _ => None,
                 };
-                self.case.memory.remote = Some(remote);
+                let missing = Remote::Missing(self.absent(before));
+                let seen = self.shown(batch).map(|seen| Remote::Seen(Box::new(seen)));
+                self.case.memory.remote = Some(seen.unwrap_or(missing));
             }
             Action::Collect { name, .. } => {
                 let (project, now) = (self.project(), self.now);
@@ -539,6 +539,7 @@ impl World {
                 cleanup.to_cancel = found.into_iter().filter(|b| !b.is_terminal()).map(|b| b.name).collect();
             }
             Action::DeleteInputFile { file } => {
+                assert_ne!(file, "files/theirs");
                 if self.has_file(file) {
                     self.files.remove(file);
                 } else if !self.own_key() {
@@ -590,8 +591,9 @@ impl World {
         self.created.push(attempt.send_id.clone());
 
         self.set_stage(Stage::Unsure(Search::default()));
+        let theirs = self.case.job.spec.input.gemini_file.is_some();
         if !self.has_file(&attempt.input_file) {
-            return self.refused(RefusedCall::Create, Reason::InputFileNotFound, false);
+            return self.refused(RefusedCall::Create, Reason::InputFileNotFound, theirs);
         }
         assert_eq!(
             self.files[&attempt.input_file].sha, attempt.input_sha256,
@@ -607,7 +609,8 @@ impl World {
                 match outcome {
                     1 => _ = self.make_batch(&name, project), // the answer is lost
                     2 => {}                                   // it never arrived
-                    3 => {
+                    // Somebody else's file is no fence: that a create still travels can't be excluded.
+                    3 if !theirs => {
                         let file = attempt.input_file.clone();
                         self.late.push(Late { at: self.now + 700, display_name: name, file, project });
                     }
@@ -633,7 +636,7 @@ impl World {
                 // The callback and the sweep wake it.
                 Some(Change::Running) => assert!(self.attempt().unwrap().batch_name.is_some()),
                 Some(Change::Waiting { problem, stalled: true, .. }) => {
-                    assert_eq!(problem.reason, Reason::OutputTooLarge)
+                    assert_eq!(problem.reason, Reason::OutputTooLarge);
                 }
                 other => panic!("nothing is certain to wake it: {other:?}"),
             },
@@ -708,8 +711,9 @@ proptest! {
         events in events(),
         outcomes in prop::collection::vec(any::<u8>(), 0..60),
         output in 0u8..3,
+        theirs in prop::bool::weighted(0.15),
     ) {
-        let mut world = World::new(outcomes, output);
+        let mut world = World::new(outcomes, output, theirs);
         for event in events {
             world.happens(event);
         }
