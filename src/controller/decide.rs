@@ -735,8 +735,11 @@ fn deleting(o: &Observed<'_>, now: Timestamp) -> Decision {
         if now < deadline || untried {
             return clean_up(o, a, action, deadline, now);
         }
-        let event = ending::orphaned(a, o.credential.as_ref().err());
-        return record(Change::DropFinalizer { event: Some(event) });
+        // A file that is left expires by itself, unless it is the fence.
+        if is_unsure(o, a) || !matches!(action, Action::DeleteInputFile { .. }) {
+            let event = ending::orphaned(a, o.credential.as_ref().err());
+            return record(Change::DropFinalizer { event: Some(event) });
+        }
     }
     if let Some(name) = output_name(o.job).filter(|_| !cleanup.output_released) {
         return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
@@ -771,18 +774,12 @@ fn stop_batch(o: &Observed<'_>, a: &Attempt) -> Option<Action> {
     if let Some(batch) = cleanup.to_cancel.first() {
         return Some(Action::CancelBatch { batch: batch.clone() });
     }
-    let stage = stage_of(a, o.memory);
-    let known = match (&a.batch_name, stage) {
-        (Some(name), _) => BatchName::parse(name).ok(),
-        (None, Some(Stage::Created(batch) | Stage::Found(batch))) => Some(batch.name.clone()),
-        (None, _) => None,
-    };
-    if let Some(batch) = known.clone().filter(|_| !cleanup.cancelled) {
+    if let Some(batch) = known_batch(o, a).filter(|_| !cleanup.cancelled) {
         return Some(Action::CancelBatch { batch });
     }
     // Of a send with unknown outcome: list and cancel; then delete the input file, so that a create that
     // is still travelling must fail; then list and cancel once more.
-    let unsure = known.is_none() && a.refusal.is_none() && matches!(stage, Some(Stage::Unsure(_)) | None);
+    let unsure = is_unsure(o, a);
     if unsure && cleanup.listings == 0 {
         return Some(Action::FindToCancel { attempt: Box::new(a.clone()) });
     }
@@ -791,6 +788,22 @@ fn stop_batch(o: &Observed<'_>, a: &Attempt) -> Option<Action> {
         return Some(action);
     }
     (unsure && cleanup.listings < 2).then(|| Action::FindToCancel { attempt: Box::new(a.clone()) })
+}
+
+/// The batch of the attempt, as far as it is known.
+fn known_batch(o: &Observed<'_>, a: &Attempt) -> Option<BatchName> {
+    match (&a.batch_name, stage_of(a, o.memory)) {
+        (Some(name), _) => BatchName::parse(name).ok(),
+        (None, Some(Stage::Created(batch) | Stage::Found(batch))) => Some(batch.name.clone()),
+        (None, _) => None,
+    }
+}
+
+/// Whether the attempt may have a batch that is not known.
+fn is_unsure(o: &Observed<'_>, a: &Attempt) -> bool {
+    known_batch(o, a).is_none()
+        && a.refusal.is_none()
+        && matches!(stage_of(a, o.memory), Some(Stage::Unsure(_)) | None)
 }
 
 /// The deletion of the input file, if the operator uploaded it and it is not deleted yet.

@@ -801,6 +801,8 @@ fn a_deletion_is_bounded_in_time() {
         "failing, not beyond the end": failing(running().deleted().at(290), 900) => "Wait GeminiUnavailable +299";
         "failing, over": failing(running().deleted().at(299), 900) => "DropFinalizer Orphaned";
         "cancelled, but the file can't be deleted: it expires": gave_up(running().deleted()) => "DropFinalizer Cancelled";
+        "cancelled, over: the file that is left is no orphan": failing(running().deleted().at(299), 900).cleanup(|c| c.cancelled = true) => "DropFinalizer Cancelled";
+        "never sent, over": failing(sending(uploaded()).deleted().at(299), 900) => "DropFinalizer";
         "without the fence it waits": failing(sending(unsure(None)).deleted().cleanup(|c| c.listings = 1), 4) => "Wait GeminiUnavailable +4";
         "without the fence, over": failing(sending(unsure(None)).deleted().cleanup(|c| c.listings = 1).at(299), 900) => "DropFinalizer Orphaned";
         "slept through: tried once all the same": running().deleted().at(9000) => "CancelBatch";
