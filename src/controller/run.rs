@@ -388,7 +388,9 @@ async fn record(
     now: Timestamp,
 ) -> Result<GeminiBatchJob, kube::Error> {
     let written = report::write(&ctx.client, job, change, now).await?;
-    if written.resource_version() == job.resource_version() {
+    // The removal of the last finalizer of a deleted job comes back with the old version, since it deletes.
+    let removed = matches!(change, Change::DropFinalizer { .. });
+    if written.resource_version() == job.resource_version() && !removed {
         return Ok(written);
     }
     if let Some((reason, message, normal)) = report::event(change) {
