@@ -15,7 +15,7 @@ use super::decide::{self, Action};
 use super::ending;
 use super::input::Input;
 use super::memory::{
-    Memory, OutputObject, Probe, Refused, Remote, Search, Send, Stage, Tries, Trouble, after,
+    Absent, Memory, OutputObject, Probe, Refused, Remote, Search, Send, Stage, Tries, Trouble, after,
 };
 use super::observe::{self, Credential};
 use super::output::{self, Done};
@@ -63,6 +63,7 @@ impl Step<'_> {
         match action {
             Action::ReserveOutput { name } => {
                 let done = output::reserve(&self.ctx.client, self.job, name).await?;
+                memory.cleanup.output_released = false;
                 memory.output = self.output_object(done, name, OutputObject::Reserved { name: name.clone() });
             }
             Action::ReleaseOutput { name } => {
@@ -105,6 +106,10 @@ impl Step<'_> {
             Action::Collect { name, batch } => self.collect(name, batch.as_deref(), memory).await?,
             Action::CancelBatch { batch } => self.cancel(batch, memory).await,
             Action::FindToCancel { attempt } => match self.list_for(attempt).await {
+                // Another key need not be shown the batch.
+                Ok(found) if found.is_empty() && !self.same_key(attempt) => {
+                    self.cleanup_failed(memory, "looking for the batch with another API key", "not shown");
+                }
                 Ok(found) => {
                     memory.cleanup.failed = None;
                     memory.cleanup.listings += 1;
@@ -262,7 +267,8 @@ impl Step<'_> {
     fn searched(&self, attempt: &Attempt, memory: &Memory, refuted: Option<BatchName>) -> Search {
         let before = match memory.send.as_ref().filter(|s| s.send_id == attempt.send_id).map(|s| &s.stage) {
             Some(Stage::Unsure(search)) => search.clone(),
-            _ => Search::default(),
+            Some(_) => Search::default(),
+            None => Search { file_unasked: !self.same_key(attempt), ..Search::default() },
         };
         if let Some(batch) = refuted {
             return Search { refuted: Some(batch), ..before };
@@ -307,17 +313,21 @@ impl Step<'_> {
             Err(e) if e.is_absent() => {
                 memory.trouble = None;
                 let before = match &memory.remote {
-                    Some(Remote::Missing(tries)) => Some(*tries),
+                    Some(Remote::Missing(absent)) => Some(absent),
                     _ => None,
                 };
-                let tries = Tries::again(before, now, &self.ctx.timings.result_pauses);
-                memory.remote = Some(Remote::Missing(tries));
+                memory.remote = Some(Remote::Missing(self.absent(before)));
             }
             Err(e) => {
                 memory.looks.swept = true; // asked for again as soon as the trouble allows
                 self.trouble(memory, "looking at the batch", &e);
             }
         }
+    }
+
+    fn absent(&self, before: Option<&Absent>) -> Absent {
+        let fingerprint = self.credential.map_or("", |c| c.fingerprint.as_str());
+        Absent::again(before, fingerprint, self.ctx.clock.now(), &self.ctx.timings.result_pauses)
     }
 
     async fn get(&self, batch: &BatchName) -> Result<Batch, gemini::Error> {
@@ -346,9 +356,7 @@ impl Step<'_> {
             }
             Err(e) if e.is_absent() => {
                 memory.trouble = None;
-                let now = self.ctx.clock.now();
-                memory.unreadable =
-                    Some(Tries::again(memory.unreadable, now, &self.ctx.timings.result_pauses));
+                memory.unreadable = Some(self.absent(memory.unreadable.as_ref()));
             }
             Err(e) => self.trouble(memory, "reading the results", &e),
         }
@@ -434,7 +442,7 @@ impl Step<'_> {
         match self.ctx.gemini.cancel_batch(&credential.key, batch).await {
             Ok(()) => {}
             // Over already, or gone: nothing goes on. Under another key a 404 proves nothing.
-            Err(e) if e.is_precondition() || (e.is_absent() && self.same_key(credential)) => {}
+            Err(e) if e.is_precondition() || (e.is_absent() && self.is_own_key()) => {}
             Err(e) => return self.cleanup_failed(memory, "cancelling the batch", &e),
         }
         tracing::info!(target: "audit", namespace = self.job.namespace(), job = self.job.name_any(), %batch, "cancelled");
@@ -443,15 +451,19 @@ impl Step<'_> {
         memory.cleanup.to_cancel.retain(|b| b != batch);
     }
 
-    fn same_key(&self, credential: &Credential) -> bool {
-        decide::current_attempt(self.job).is_some_and(|a| a.credential_fingerprint == credential.fingerprint)
+    fn is_own_key(&self) -> bool {
+        decide::current_attempt(self.job).is_some_and(|a| self.same_key(a))
+    }
+
+    fn same_key(&self, attempt: &Attempt) -> bool {
+        self.credential.is_some_and(|c| c.fingerprint == attempt.credential_fingerprint)
     }
 
     async fn delete_input_file(&self, file: &str, now: Timestamp, memory: &mut Memory) {
         let Some((key, name)) = self.key_and_file(file) else { return };
         match self.ctx.gemini.delete_file(key, &name).await {
             Ok(()) => {}
-            Err(e) if e.is_absent() => {}
+            Err(e) if e.is_absent() && self.is_own_key() => {}
             Err(e) => {
                 tracing::debug!(%now, "the input file could not be deleted yet");
                 return self.cleanup_failed(memory, "deleting the input file", &e);
@@ -461,7 +473,7 @@ impl Step<'_> {
         memory.cleanup.input_deleted = true;
     }
 
-    fn cleanup_failed(&self, memory: &mut Memory, what: &str, error: &gemini::Error) {
+    fn cleanup_failed(&self, memory: &mut Memory, what: &str, error: impl std::fmt::Display) {
         tracing::warn!(namespace = self.job.namespace(), job = self.job.name_any(), %error, "{what} failed");
         memory.cleanup.failed =
             Some(Tries::again(memory.cleanup.failed, self.ctx.clock.now(), &self.ctx.timings.result_pauses));

@@ -12,7 +12,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use super::collect::{Collected, Lines};
 use super::ending::{self, End};
 use super::identity;
-use super::memory::{Cleanup, Memory, OutputObject, Refused, Remote, Search, Stage, Trouble, after};
+use super::memory::{Absent, Cleanup, Memory, OutputObject, Refused, Remote, Search, Stage, Trouble, after};
 use super::{InputFacts, Problem, Timings};
 use crate::api::{
     Attempt, FINALIZER, GeminiBatchJob, OutputStatus, Reason, Refusal, RefusedCall, RequestCounts, Usage,
@@ -257,7 +257,8 @@ pub fn needs_input(job: &GeminiBatchJob, memory: &Memory) -> bool {
         None => true,
         Some(a) if a.batch_name.is_some() => false,
         Some(a) if a.refusal.is_some() => true,
-        Some(a) => matches!(stage_of(a, memory), Some(Stage::NotUploaded)),
+        // Uploaded: with another key the send begins anew.
+        Some(a) => matches!(stage_of(a, memory), Some(Stage::NotUploaded | Stage::Uploaded { .. })),
     }
 }
 
@@ -280,7 +281,7 @@ pub fn decide(o: &Observed<'_>, now: Timestamp) -> Decision {
         return record(Change::AddFinalizer);
     }
     if let Some(trouble) = o.memory.trouble.as_ref().filter(|t| t.next > now) {
-        return in_trouble(trouble);
+        return in_trouble(o, trouble, now);
     }
     match current_attempt(o.job) {
         None => before_submission(o, now),
@@ -473,21 +474,28 @@ fn submitting(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> Decision {
             record(Change::InputFile { file: file.clone() })
         }
         Some(Stage::Uploaded { .. }) => Decision::Act(Action::CreateBatch { attempt: Box::new(a.clone()) }),
-        _ if another_key => {
-            stalled(&ending::credentials_changed("whether Gemini has the batch can't be told"))
+        // A new process.
+        None if !another_key && file_would_prove(o, a, now) => {
+            Decision::Act(Action::FindInputFile { file: a.input_file.clone() })
         }
-        Some(Stage::Unsure(search)) => searching(o, a, search, now),
-        // A new process. The batch is only ever asked for when its file is complete, under the recorded
-        // name: a file that is not there is proof that the batch was not asked for. But Gemini deletes
-        // files after 48 hours, and a `geminiFile` says nothing.
-        None if o.job.spec.input.gemini_file.is_some()
-            || after(a.intent_time.0, o.timings.absent_file_proves) <= now =>
-        {
-            searching(o, a, &Search::default(), now)
+        Some(Stage::Unsure(search)) if search.file_unasked && !another_key && file_would_prove(o, a, now) => {
+            Decision::Act(Action::FindInputFile { file: a.input_file.clone() })
         }
-        None => Decision::Act(Action::FindInputFile { file: a.input_file.clone() }),
+        Some(Stage::Unsure(search)) => searching(o, a, search, another_key, now),
+        None => searching(o, a, &Search::default(), another_key, now),
         Some(Stage::Created(_) | Stage::Found(_) | Stage::Refused(_)) => Decision::Done, // returned above
     }
+}
+
+/// After a restart: whether an input file that is not there is proof that the batch was not asked for. It
+/// is only ever asked for when its file is complete under the recorded name. But Gemini deletes files after
+/// 48 hours, and any other name than the one made for this very send is a file that was there before the
+/// intent: the user's, or an older one of a send that was refused, or one that was complete before its
+/// name was recorded. Such a file may have gone after the batch was asked for.
+fn file_would_prove(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> bool {
+    let uid = o.job.metadata.uid.as_deref().unwrap_or_default();
+    a.input_file == identity::input_file(o.cluster, uid, a.number, &a.send_id)
+        && after(a.intent_time.0, o.timings.absent_file_proves) > now
 }
 
 /// The send of this attempt never left: the next one may carry another key or another input.
@@ -498,16 +506,27 @@ fn resend(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> Decision {
     }
 }
 
-/// The batch may exist: look for it, and never send again.
-fn searching(o: &Observed<'_>, a: &Attempt, search: &Search, now: Timestamp) -> Decision {
+/// The batch may exist: look for it, and never send again. Another key of the same project sees it as well;
+/// that a key does not see it proves nothing here, whichever it is.
+fn searching(o: &Observed<'_>, a: &Attempt, search: &Search, another_key: bool, now: Timestamp) -> Decision {
     if let Some(batch) = hinted_batch(o.job).filter(|b| search.refuted.as_ref() != Some(b)) {
         return Decision::Act(Action::ConfirmHinted { batch, attempt: Box::new(a.clone()) });
     }
     match search.next {
-        Some(next) if next > now => Decision::Wait {
-            say: Some(Box::new(waiting(&ending::unconfirmed(a), true))),
-            wake: Wake::At(next),
-        },
+        Some(next) if next > now => {
+            let problem = if another_key {
+                ending::credentials_changed("does not show whether Gemini has the batch")
+            } else {
+                ending::unconfirmed(a)
+            };
+            // A key that is put back is not watched.
+            let wake = if another_key && next > after(now, o.timings.recheck) {
+                Wake::Recheck
+            } else {
+                Wake::At(next)
+            };
+            Decision::Wait { say: Some(Box::new(waiting(&problem, true))), wake }
+        }
         _ => Decision::Act(Action::FindBatch { attempt: Box::new(a.clone()) }),
     }
 }
@@ -518,26 +537,33 @@ fn submitted(o: &Observed<'_>, a: &Attempt, name: BatchName, now: Timestamp) -> 
     let same_key = o.credential.as_ref().is_ok_and(|f| *f == a.credential_fingerprint);
     match &o.memory.remote {
         Some(Remote::Seen(batch)) if batch.is_terminal() => return collecting(o, a, name, Some(batch), now),
-        Some(Remote::Missing(tries))
-            if same_key && tries.count >= 3 && after(tries.since, o.timings.gone_after) <= now =>
+        Some(Remote::Missing(Absent { fingerprint, tries }))
+            if same_key
+                && *fingerprint == a.credential_fingerprint
+                && tries.count >= 3
+                && tries.next > now
+                && after(tries.since, o.timings.gone_after) <= now =>
         {
             return collecting(o, a, name, None, now);
         }
         _ => {}
     }
-    if let Err(problem) = &o.credential {
-        return stalled(problem);
-    }
+    let fingerprint = match &o.credential {
+        Ok(fingerprint) => fingerprint,
+        Err(problem) => return stalled(problem),
+    };
     let looks = &o.memory.looks;
     let hint = new_hint(o.job, a);
     if let Some(hint) = hint.filter(|h| looks.exhausted(h)) {
         return record(Change::HintObserved { hint: hint.to_owned() });
     }
     let missing = match &o.memory.remote {
-        Some(Remote::Missing(tries)) => Some(tries),
+        Some(Remote::Missing(absent)) => Some(absent),
         _ => None,
     };
-    let next = [looks.next, missing.map(|t| t.next)].into_iter().flatten().min();
+    let next = [looks.next, missing.map(|m| m.tries.next)].into_iter().flatten().min();
+    // What another key was not shown may be shown to this one.
+    let unasked = missing.is_some_and(|m| m.fingerprint != *fingerprint);
     let unfollowed = hint.is_some_and(|h| looks.following.as_ref().is_none_or(|(f, _)| f != h));
     // The first GET is made before anything is said, so that a hint that is right costs no write.
     let early =
@@ -549,14 +575,19 @@ fn submitted(o: &Observed<'_>, a: &Attempt, name: BatchName, now: Timestamp) -> 
         }
         Some(_) => waiting(&ending::missing(&name), false),
     };
-    if unfollowed || looks.swept || next.is_some_and(|t| t <= now) {
+    if unfollowed || looks.swept || unasked || next.is_some_and(|t| t <= now) {
         let allowed = looks.allowed(now, o.timings.look_window);
         if allowed <= now {
             return Decision::Act(Action::GetBatch { batch: name });
         }
         return Decision::Wait { say: Some(Box::new(say)), wake: Wake::At(allowed) };
     }
-    Decision::Wait { say: Some(Box::new(say)), wake: next.map_or(Wake::OnChange, Wake::At) }
+    let wake = match next {
+        // Somebody has to put the key back, and expects the job to go on soon then.
+        Some(next) if missing.is_some() && !same_key && next > after(now, o.timings.recheck) => Wake::Recheck,
+        next => next.map_or(Wake::OnChange, Wake::At),
+    };
+    Decision::Wait { say: Some(Box::new(say)), wake }
 }
 
 /// The batch has ended (or is gone): read what there is, store it, end.
@@ -612,24 +643,34 @@ fn reading(
     batch: Option<&Batch>,
     now: Timestamp,
 ) -> Decision {
-    if let Some(tries) = &o.memory.unreadable {
-        let promised = batch.is_some_and(|b| b.state == BatchState::Succeeded || b.output_file.is_some());
-        let give_up = if promised { after(tries.since, o.timings.result_patience) } else { tries.since };
-        if give_up <= now {
-            return end(o, a, batch, None);
-        }
-        if tries.next > now {
-            let late = after(tries.since, o.timings.result_late) <= now;
-            return Decision::Wait {
-                say: Some(Box::new(waiting(&ending::not_readable(&name, give_up), late))),
-                wake: Wake::At(tries.next),
-            };
-        }
+    let fingerprint = match &o.credential {
+        Ok(fingerprint) => fingerprint,
+        Err(problem) => return stalled(problem),
+    };
+    // Only an answer to the present key counts, and nothing is given up on an old one: there may have been no
+    // key to ask with for a day.
+    let asked = o.memory.unreadable.as_ref().map(|u| (&u.fingerprint, &u.tries));
+    let Some((_, tries)) = asked.filter(|(key, tries)| *key == fingerprint && tries.next > now) else {
+        return Decision::Act(Action::Collect { name, batch: batch.cloned().map(Box::new) });
+    };
+    if *fingerprint != a.credential_fingerprint {
+        let problem = ending::credentials_changed("the results can't be read with it");
+        let soon = tries.next <= after(now, o.timings.recheck);
+        return Decision::Wait {
+            say: Some(Box::new(waiting(&problem, true))),
+            wake: if soon { Wake::At(tries.next) } else { Wake::Recheck },
+        };
     }
-    if let Err(problem) = &o.credential {
-        return stalled(problem);
+    let promised = batch.is_some_and(|b| b.state == BatchState::Succeeded || b.output_file.is_some());
+    let give_up = if promised { after(tries.since, o.timings.result_patience) } else { tries.since };
+    if give_up <= now {
+        return end(o, a, batch, None);
     }
-    Decision::Act(Action::Collect { name, batch: batch.cloned().map(Box::new) })
+    let late = after(tries.since, o.timings.result_late) <= now;
+    Decision::Wait {
+        say: Some(Box::new(waiting(&ending::not_readable(&name, give_up), late))),
+        wake: Wake::At(tries.next),
+    }
 }
 
 fn end(o: &Observed<'_>, a: &Attempt, batch: Option<&Batch>, collected: Option<&Collected>) -> Decision {
@@ -639,7 +680,12 @@ fn end(o: &Observed<'_>, a: &Attempt, batch: Option<&Batch>, collected: Option<&
     };
     let hint = new_hint(o.job, a).map(ToOwned::to_owned);
     // A reservation that will never be filled is given back, so that the name is free again.
-    if let (Some(name), None, false) = (output_name(o.job), stored, o.memory.cleanup.output_released) {
+    // It may have another name by now, or none.
+    let reserved = match &o.memory.output {
+        OutputObject::Reserved { name } => Some(name.as_str()),
+        _ => output_name(o.job),
+    };
+    if let (Some(name), None, false) = (reserved, stored, o.memory.cleanup.output_released) {
         return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
     }
     record(Change::Finished(Box::new(ending::ended(a, batch, collected, stored, hint))))
@@ -653,6 +699,18 @@ fn after_the_end(o: &Observed<'_>, now: Timestamp) -> Decision {
     }
     if !has_finalizer(o.job) {
         return Decision::Done;
+    }
+    leftovers(o, now)
+}
+
+/// What a finished job left behind. None of it holds the job for long, and nothing is said: the status of
+/// a finished job does not change any more. A file that can't be deleted expires by itself.
+fn leftovers(o: &Observed<'_>, now: Timestamp) -> Decision {
+    // A job that Gemini refused for good gives its reservation back here: the refusal is recorded first.
+    let filled =
+        o.job.status.as_ref().and_then(|s| s.output.as_ref()).is_some_and(|o| o.config_map.is_some());
+    if let Some(name) = output_name(o.job).filter(|_| !filled && !o.memory.cleanup.output_released) {
+        return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
     }
     let file = current_attempt(o.job).and_then(|a| own_input_file(o, a)).filter(|_| o.credential.is_ok());
     match file.filter(|_| !gave_up(&o.memory.cleanup)) {
@@ -669,24 +727,27 @@ fn deleting(o: &Observed<'_>, now: Timestamp) -> Decision {
     if !has_finalizer(o.job) {
         return Decision::Done;
     }
+    if is_finished(o.job) {
+        return leftovers(o, now);
+    }
     let since = o.job.metadata.deletion_timestamp.as_ref().map_or(now, |t| t.0);
     let deadline = after(since, o.timings.deletion);
     let cleanup = &o.memory.cleanup;
-    let unfinished = !is_finished(o.job);
 
-    if let Some(a) = current_attempt(o.job) {
-        let action = if unfinished { stop_batch(o, a) } else { own_input_file(o, a) };
-        if let Some(action) = action {
-            if now < deadline {
-                return clean_up(o, a, action, deadline, now);
-            }
-            if unfinished {
-                let event = ending::orphaned(a, o.credential.as_ref().err());
-                return record(Change::DropFinalizer { event: Some(event) });
-            }
+    if let Some((a, action)) = current_attempt(o.job).and_then(|a| Some((a, stop_batch(o, a)?))) {
+        // However late it is, each step is tried once: the operator may have been away until now, and a batch
+        // that nobody cancels is paid for.
+        let untried = o.credential.is_ok() && cleanup.failed.is_none();
+        if now < deadline || untried {
+            return clean_up(o, a, action, deadline, now);
+        }
+        // A file that is left expires by itself, unless it is the fence.
+        if is_unsure(o, a) || !matches!(action, Action::DeleteInputFile { .. }) {
+            let event = ending::orphaned(a, o.credential.as_ref().err());
+            return record(Change::DropFinalizer { event: Some(event) });
         }
     }
-    if let Some(name) = output_name(o.job).filter(|_| unfinished && !cleanup.output_released) {
+    if let Some(name) = output_name(o.job).filter(|_| !cleanup.output_released) {
         return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
     }
     let event = cleanup
@@ -701,8 +762,12 @@ fn clean_up(o: &Observed<'_>, a: &Attempt, action: Action, deadline: Timestamp, 
     match (&o.credential, &o.memory.cleanup.failed) {
         (Err(problem), _) => Decision::Wait { say: Some(Box::new(waiting(problem, true))), wake: soon },
         (Ok(fingerprint), Some(tries)) if tries.next > now => {
-            let say = (*fingerprint != a.credential_fingerprint)
-                .then(|| waiting(&ending::credentials_changed("the batch can't be cancelled with it"), true));
+            // The first failure is not worth a write.
+            let say = if *fingerprint == a.credential_fingerprint {
+                (tries.count >= 2).then(|| waiting(&ending::not_cleaned_up(deadline), false))
+            } else {
+                Some(waiting(&ending::credentials_changed("the batch can't be cancelled with it"), true))
+            };
             Decision::Wait { say: say.map(Box::new), wake: Wake::At(tries.next.min(deadline)) }
         }
         _ => Decision::Act(action),
@@ -715,18 +780,12 @@ fn stop_batch(o: &Observed<'_>, a: &Attempt) -> Option<Action> {
     if let Some(batch) = cleanup.to_cancel.first() {
         return Some(Action::CancelBatch { batch: batch.clone() });
     }
-    let stage = stage_of(a, o.memory);
-    let known = match (&a.batch_name, stage) {
-        (Some(name), _) => BatchName::parse(name).ok(),
-        (None, Some(Stage::Created(batch) | Stage::Found(batch))) => Some(batch.name.clone()),
-        (None, _) => None,
-    };
-    if let Some(batch) = known.clone().filter(|_| !cleanup.cancelled) {
+    if let Some(batch) = known_batch(o, a).filter(|_| !cleanup.cancelled) {
         return Some(Action::CancelBatch { batch });
     }
     // Of a send with unknown outcome: list and cancel; then delete the input file, so that a create that
     // is still travelling must fail; then list and cancel once more.
-    let unsure = known.is_none() && a.refusal.is_none() && matches!(stage, Some(Stage::Unsure(_)) | None);
+    let unsure = is_unsure(o, a);
     if unsure && cleanup.listings == 0 {
         return Some(Action::FindToCancel { attempt: Box::new(a.clone()) });
     }
@@ -735,6 +794,22 @@ fn stop_batch(o: &Observed<'_>, a: &Attempt) -> Option<Action> {
         return Some(action);
     }
     (unsure && cleanup.listings < 2).then(|| Action::FindToCancel { attempt: Box::new(a.clone()) })
+}
+
+/// The batch of the attempt, as far as it is known.
+fn known_batch(o: &Observed<'_>, a: &Attempt) -> Option<BatchName> {
+    match (&a.batch_name, stage_of(a, o.memory)) {
+        (Some(name), _) => BatchName::parse(name).ok(),
+        (None, Some(Stage::Created(batch) | Stage::Found(batch))) => Some(batch.name.clone()),
+        (None, _) => None,
+    }
+}
+
+/// Whether the attempt may have a batch that is not known.
+fn is_unsure(o: &Observed<'_>, a: &Attempt) -> bool {
+    known_batch(o, a).is_none()
+        && a.refusal.is_none()
+        && matches!(stage_of(a, o.memory), Some(Stage::Unsure(_)) | None)
 }
 
 /// The deletion of the input file, if the operator uploaded it and it is not deleted yet.
@@ -764,10 +839,12 @@ fn stalled(problem: &Problem) -> Decision {
     Decision::Wait { say: Some(Box::new(waiting(problem, true))), wake: Wake::Recheck }
 }
 
-/// A call fails for now. The first failure is not worth a write; a lasting one is said.
-fn in_trouble(trouble: &Trouble) -> Decision {
+/// A call fails for now. The first failure is not worth a write; a lasting one is said, and one after which
+/// Gemini asks for a long wait.
+fn in_trouble(o: &Observed<'_>, trouble: &Trouble, now: Timestamp) -> Decision {
     let stalled = trouble.problem.reason == Reason::CredentialsRefused;
-    let say = (trouble.failures >= 2).then(|| Box::new(waiting(&trouble.problem, stalled)));
+    let long = trouble.next > after(now, o.timings.trouble_longest);
+    let say = (trouble.failures >= 2 || long).then(|| Box::new(waiting(&trouble.problem, stalled)));
     Decision::Wait { say, wake: Wake::At(trouble.next) }
 }
 
@@ -821,3 +898,6 @@ fn hinted_batch(job: &GeminiBatchJob) -> Option<BatchName> {
 fn generation_of(job: &GeminiBatchJob) -> i64 {
     job.metadata.generation.unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests;

@@ -324,6 +324,19 @@ pub fn too_large(name: &str, bytes: i64) -> Problem {
     )
 }
 
+/// The job is being deleted, and Gemini does not do its part yet.
+#[must_use]
+pub fn not_cleaned_up(deadline: Timestamp) -> Problem {
+    Problem::new(
+        Reason::GeminiUnavailable,
+        format!(
+            "the job is being deleted, but Gemini can't be asked to stop its batch at the moment; it is tried \
+             until {}",
+            deadline.strftime("%Y-%m-%dT%H:%M:%SZ")
+        ),
+    )
+}
+
 /// The job goes, but its batch could not be stopped.
 #[must_use]
 pub fn orphaned(a: &Attempt, problem: Option<&Problem>) -> Problem {

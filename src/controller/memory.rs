@@ -24,7 +24,7 @@ pub struct Memory {
     /// What the result file holds, once it was read to its end.
     pub collected: Option<Collected>,
     /// Since when the result file is awaited, and how often it was asked for.
-    pub unreadable: Option<Tries>,
+    pub unreadable: Option<Absent>,
     /// When GETs are due and how many are left.
     pub looks: Looks,
     /// The last probe of a key that Gemini had refused.
@@ -75,6 +75,9 @@ pub struct Search {
     pub next: Option<Timestamp>,
     /// A batch that a callback named, was looked at and is not ours.
     pub refuted: Option<BatchName>,
+    /// The search began after a restart with another API key, which proves nothing about the input file:
+    /// that is still to be asked for with the right one.
+    pub file_unasked: bool,
 }
 
 /// A refusal, as it will be recorded.
@@ -122,8 +125,32 @@ pub enum OutputObject {
 pub enum Remote {
     /// The batch as Gemini shows it.
     Seen(Box<Batch>),
-    /// Gemini does not show it to this key.
-    Missing(Tries),
+    /// Gemini does not show it.
+    Missing(Absent),
+}
+
+/// Something that Gemini does not show to one API key. Under another key that proves nothing, so the count
+/// begins anew with each key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Absent {
+    /// The key, by its fingerprint.
+    pub fingerprint: String,
+    /// How often it was asked for with this key.
+    pub tries: Tries,
+}
+
+impl Absent {
+    /// Asked for once more, in vain.
+    #[must_use]
+    pub fn again(
+        before: Option<&Self>,
+        fingerprint: &str,
+        now: Timestamp,
+        pauses: &[SignedDuration],
+    ) -> Self {
+        let before = before.filter(|b| b.fingerprint == fingerprint).map(|b| b.tries);
+        Self { fingerprint: fingerprint.to_owned(), tries: Tries::again(before, now, pauses) }
+    }
 }
 
 /// Something that was tried in vain.

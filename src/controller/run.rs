@@ -323,11 +323,16 @@ async fn drive(
     };
     let Some(mut job) = fetch().await? else { return Ok(None) };
     let ring = ctx.ring();
-    // Read once a turn: each is asked for in several steps.
+    // Read once a turn: each is asked for in several steps. But anew for a spec that was edited meanwhile:
+    // what is sent must be what the job says when the intent is recorded.
     let mut credential: Option<Result<Credential, super::Problem>> = None;
     let mut input = None;
+    let mut read_for = job.metadata.generation;
 
     for _ in 0..MAX_STEPS {
+        if job.metadata.generation != read_for {
+            (credential, input, read_for) = (None, None, job.metadata.generation);
+        }
         if credential.is_none() && decide::needs_credential(&job) {
             credential = Some(observe::credential(&ctx.client, &ring, &job).await?);
         }
@@ -440,7 +445,9 @@ async fn record(
     now: Timestamp,
 ) -> Result<GeminiBatchJob, kube::Error> {
     let written = report::write(&ctx.client, job, change, now).await?;
-    if written.resource_version() == job.resource_version() {
+    // The removal of the last finalizer of a deleted job comes back with the old version, since it deletes.
+    let removed = matches!(change, Change::DropFinalizer { .. });
+    if written.resource_version() == job.resource_version() && !removed {
         return Ok(written);
     }
     if let Some((reason, message, normal)) = report::event(change) {

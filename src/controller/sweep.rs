@@ -1,8 +1,8 @@
 //! The fallback: callbacks can be lost, and there is none for a cancellation. Client required.
 //!
 //! Every ten minutes or so each API key is asked for its batches, newest first: one list call for many
-//! jobs instead of a GET for each. A job whose batch has ended is woken and looks for itself; the list is
-//! never believed, and absence from it proves nothing.
+//! jobs instead of a GET for each. A job whose batch is not shown as going on is woken and looks for itself;
+//! the list is never believed, and absence from it proves nothing.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -67,8 +67,8 @@ async fn once(ctx: &Context, store: &Store<Guarded>, poke: &UnboundedSender<Obje
             jobs.iter().for_each(&mut wake);
             continue;
         }
-        match ended(ctx, &credential, &jobs).await {
-            Ok(ended) => jobs.iter().filter(|j| ended.contains(&j.batch)).for_each(&mut wake),
+        match going_on(ctx, &credential, &jobs).await {
+            Ok(going_on) => jobs.iter().filter(|j| !going_on.contains(&j.batch)).for_each(&mut wake),
             Err(error) => tracing::warn!(%error, "a sweep could not list batches; the next one will"),
         }
     }
@@ -115,22 +115,22 @@ fn active_of(object: &Guarded) -> Option<Active> {
     })
 }
 
-/// Names of the batches that have ended, back to the oldest active intent.
-async fn ended(
+/// Names of the batches that have not ended, back to the oldest active intent.
+async fn going_on(
     ctx: &Context,
     credential: &Credential,
     jobs: &[Active],
 ) -> Result<Vec<Option<String>>, gemini::Error> {
     let oldest = jobs.iter().map(|j| j.intent).min().map_or(Timestamp::MIN, |t| after(t, -CLOCK_SKEW));
-    let mut ended = Vec::new();
+    let mut going_on = Vec::new();
     let mut token: Option<String> = None;
     loop {
         let page = ctx.gemini.list_batches(&credential.key, PAGE_SIZE, token.as_deref()).await?;
         let past = page.batches.iter().any(|b| b.create_time.is_some_and(|t| t < oldest));
-        ended.extend(page.batches.iter().filter(|b| b.is_terminal()).map(|b| Some(b.name.to_string())));
+        going_on.extend(page.batches.iter().filter(|b| !b.is_terminal()).map(|b| Some(b.name.to_string())));
         match page.next_page_token {
             Some(next) if !past => token = Some(next),
-            _ => return Ok(ended),
+            _ => return Ok(going_on),
         }
     }
 }

@@ -313,16 +313,21 @@ fn line_errors(message: &str) -> Vec<LineError> {
 fn retry_info(details: &[Value]) -> Option<SignedDuration> {
     let delay = details.iter().find_map(|d| d.get("retryDelay").and_then(Value::as_str))?;
     let seconds: f64 = delay.strip_suffix('s')?.parse().ok()?;
-    SignedDuration::try_from_secs_f64(seconds).ok().filter(jiff::SignedDuration::is_positive)
+    bounded(SignedDuration::try_from_secs_f64(seconds).ok()?)
 }
 
-/// Seconds, or an HTTP date. At most a day counts.
+/// At most a day counts.
+fn bounded(wait: SignedDuration) -> Option<SignedDuration> {
+    wait.is_positive().then(|| wait.min(SignedDuration::from_hours(24)))
+}
+
+/// Seconds, or an HTTP date.
 fn parse_retry_after(value: &str, now: Timestamp) -> Option<SignedDuration> {
     let wait = match value.trim().parse::<u32>() {
         Ok(seconds) => SignedDuration::from_secs(i64::from(seconds)),
         Err(_) => jiff::fmt::rfc2822::parse(value.trim()).ok()?.timestamp().duration_since(now),
     };
-    wait.is_positive().then(|| wait.min(SignedDuration::from_hours(24)))
+    bounded(wait)
 }
 
 #[cfg(test)]
@@ -399,6 +404,125 @@ mod tests {
         assert_eq!(with("Thu, 01 Jan 1970 00:01:00 GMT"), Some(SignedDuration::from_secs(60)));
         for bad in ["", "-1", "soon", "0"] {
             assert_eq!(with(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn envelopes_in_all_their_forms() {
+        let error = json!({"code": 404, "status": "NOT_FOUND", "message": "x"});
+        for body in [
+            json!({"error": error}),
+            json!([{"error": error}]),
+            json!({"error": {"status": "NOT_FOUND"}}),
+            json!({"error": {"code": 404}}),
+            json!({"error": {"status": "NOT_FOUND", "message": 7, "details": "x"}}),
+            json!({"error": {"status": "NEW_STATUS"}}),
+        ] {
+            assert!(answer(404, &body).is_absent(), "{body}");
+        }
+        for body in [
+            json!([{"error": error}, {"error": error}]),
+            json!([[{"error": error}]]),
+            json!([]),
+            json!({"error": [error]}),
+            json!({"errors": error}),
+            json!({"error": {"code": "404", "message": "x"}}),
+            json!(null),
+        ] {
+            assert!(!answer(404, &body).is_refusal(), "{body}");
+        }
+    }
+
+    #[test]
+    fn only_documented_statuses_are_shown() {
+        for status in ["INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "DATA_LOSS"] {
+            assert_eq!(envelope(400, status, "").to_string(), format!("HTTP 400 {status}"));
+        }
+        for status in ["CANARY", "invalid_argument", "", "NOT_FOUND "] {
+            assert_eq!(envelope(400, status, "").to_string(), "HTTP 400 UNKNOWN", "{status:?}");
+        }
+    }
+
+    #[test]
+    fn messages_are_recognised_by_fixed_phrases() {
+        for (code, status, message, expected) in [
+            (400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.", Some(Hint::ApiKey)),
+            (400, "INVALID_ARGUMENT", "API key expired. Please renew the API key.", Some(Hint::ApiKey)),
+            (
+                403,
+                "PERMISSION_DENIED",
+                "You do not have permission to access the File x or it may not exist.",
+                Some(Hint::File),
+            ),
+            (404, "NOT_FOUND", "files/x is not there", Some(Hint::File)),
+            (404, "NOT_FOUND", "models/x is not found for API version v1beta", Some(Hint::Model)),
+            (404, "NOT_FOUND", "tunedModels/x does not exist", Some(Hint::Model)),
+            (
+                400,
+                "INVALID_ARGUMENT",
+                "Request payload size exceeds the limit: 20971520 bytes.",
+                Some(Hint::TooLarge),
+            ),
+            (
+                400,
+                "FAILED_PRECONDITION",
+                "User location is not supported for the API use.",
+                Some(Hint::Precondition),
+            ),
+            (400, "INVALID_ARGUMENT", "Error on line 1: API key not valid, files/x, models/y", None),
+            (429, "RESOURCE_EXHAUSTED", "You exceeded your current quota", None),
+        ] {
+            assert_eq!(envelope(code, status, message).hint(), expected, "{message}");
+        }
+        let by_reason = json!({"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": "x", "details": [
+            {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}]}});
+        assert!(answer(400, &by_reason).is_credentials());
+        // A refused line is not a refused key, whatever the line says.
+        assert!(!envelope(400, "INVALID_ARGUMENT", "Error on line 1: API key not valid").is_credentials());
+        // Not a refusal: not a statement about the key, the file or the quota either.
+        let odd = envelope(500, "FAILED_PRECONDITION", "API key not valid");
+        assert!(!odd.is_credentials() && !odd.is_absent() && !odd.is_quota() && !odd.is_precondition());
+    }
+
+    #[test]
+    fn categories_of_lines_are_from_a_list() {
+        let of = |text: &str| {
+            envelope(400, "INVALID_ARGUMENT", &format!("Error on line 3: {text}")).lines()[0].what
+        };
+        assert_eq!(
+            of("invalid JSON, near column 1032: no such field: 'x'"),
+            "it has a field that Gemini does not know"
+        );
+        assert_eq!(of("Invalid JSON payload"), "it is not valid JSON");
+        assert_eq!(of("contents is required"), "a field is missing");
+        assert_eq!(of("something new"), "Gemini refuses it");
+        let many: String = (1..=50).fold(String::new(), |all, n| format!("{all}Error on line {n}: x\n"));
+        assert_eq!(envelope(400, "INVALID_ARGUMENT", &many).lines().len(), MAX_LINES);
+        for odd in ["Error on line x: y", "Error on line ", "Error on line 99999999999999999999999: y"] {
+            assert!(envelope(400, "INVALID_ARGUMENT", odd).lines().is_empty(), "{odd}");
+        }
+    }
+
+    #[test]
+    fn waits_are_bounded_and_the_header_wins() {
+        let now = Timestamp::UNIX_EPOCH;
+        let info = |delay: &str| json!({"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "details": [{"retryDelay": delay}]}});
+        let with = |header: Option<&str>, delay: &str| {
+            Error::answer(429, header, info(delay).to_string().as_bytes(), now).retry_after()
+        };
+        let seconds = |s| Some(SignedDuration::from_secs(s));
+        assert_eq!(with(Some("5"), "60s"), seconds(5));
+        assert_eq!(with(Some("soon"), "60s"), seconds(60));
+        assert_eq!(with(Some("4294967295"), "1s"), seconds(86_400));
+        assert_eq!(with(Some("Fri, 01 Jan 2100 00:00:00 GMT"), "1s"), seconds(86_400));
+        assert_eq!(
+            with(Some("Wed, 31 Dec 1969 23:59:59 GMT"), "1s"),
+            seconds(1),
+            "a date that has passed says nothing"
+        );
+        assert_eq!(with(None, "999999999s"), seconds(86_400));
+        for odd in ["-1s", "0s", "NaNs", "infs", "1e400s", "17", "", "s", "1m"] {
+            assert_eq!(with(None, odd), None, "{odd}");
         }
     }
 

@@ -169,9 +169,10 @@ impl Client {
             }
             tries += 1;
             // Where does it stand? An answer that can't be used ends the upload; the caller starts anew.
-            match self.upload_command(session, "query", None).await? {
-                (Some("final"), response) => return complete(response).await,
-                (Some("active"), response) => {
+            // Nor is a refusal of the question a refusal of the file: it may be no command that Gemini knows.
+            match self.upload_command(session, "query", None).await {
+                Ok((Some("final"), response)) => return complete(response).await,
+                Ok((Some("active"), response)) => {
                     let size = header(response.headers(), "x-goog-upload-size-received");
                     at = match size.and_then(|s| s.parse().ok()) {
                         Some(size) if size == end && !last => return Ok(Progress::At(end)),
@@ -250,4 +251,57 @@ async fn next_chunk(body: &mut (impl AsyncRead + Unpin), rest: u64) -> Result<By
         .await
         .map_err(|e| Error::local(format!("the input could not be read: {}", e.kind())))?;
     Ok(chunk.freeze())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_hash_is_base64_of_hexadecimal_text() {
+        let hex = "597b3600e0ba0bd1d9d9c1bd5dd6dd4bb2ef6ae4e5ff3b7dd4c5eab5b0d6c6d7";
+        assert_eq!(sha256_hex(&STANDARD.encode(hex)).as_deref(), Some(hex));
+        assert_eq!(sha256_hex(&STANDARD.encode(hex.to_uppercase())).as_deref(), Some(hex));
+        for bad in [
+            hex.to_owned(),
+            STANDARD.encode([7; 32]),
+            STANDARD.encode(&hex[..63]),
+            String::new(),
+            "?".to_owned(),
+        ] {
+            assert_eq!(sha256_hex(&bad), None, "{bad}");
+        }
+        let not_hex = STANDARD.encode("z".repeat(64));
+        assert_eq!(sha256_hex(&not_hex), None);
+    }
+
+    #[test]
+    fn a_file_is_read() {
+        let file =
+            File::parse(&json!({"name": "files/t5snrshrqff1", "displayName": "in.jsonl", "sizeBytes": "202",
+            "sha256Hash": STANDARD.encode("a".repeat(64)), "state": "ACTIVE", "source": "UPLOADED"}))
+            .unwrap();
+        assert_eq!(
+            (file.name.to_string().as_str(), file.size, file.is_active()),
+            ("files/t5snrshrqff1", Some(202), true)
+        );
+        assert_eq!(file.sha256_hex, Some("a".repeat(64)));
+        for state in [json!("PROCESSING"), json!("FAILED"), json!(null), json!("STATE_ACTIVE")] {
+            let bare = File::parse(&json!({"name": "files/a", "sizeBytes": 7, "state": state})).unwrap();
+            assert!(!bare.is_active() && bare.sha256_hex.is_none() && bare.size == Some(7), "{state}");
+        }
+        for bad in [json!({}), json!({"name": 7}), json!({"name": "files/../x"}), json!([]), json!(null)] {
+            assert!(File::parse(&bad).is_none(), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_hash_is_survived(text in "\\PC{0,90}", bytes in prop::collection::vec(any::<u8>(), 0..90)) {
+            for text in [text, STANDARD.encode(bytes)] {
+                prop_assert!(sha256_hex(&text).is_none_or(|h| h.len() == 64));
+            }
+        }
+    }
 }

@@ -172,8 +172,11 @@ impl Client {
     pub(super) async fn send_streaming(&self, mut request: Request, key: &ApiKey) -> Result<Response, Error> {
         let header = key.header().map_err(|_| Error::local("the API key can't be sent"))?;
         request.headers_mut().insert("x-goog-api-key", header);
-        let answer = tokio::time::timeout(self.config.request_timeout, self.http.execute(request)).await;
-        success(answer.map_err(|_| Error::local("timed out"))?.map_err(Error::transport)?).await
+        // Within the limit: the body of an error as well.
+        let answer = async { success(self.http.execute(request).await.map_err(Error::transport)?).await };
+        tokio::time::timeout(self.config.request_timeout, answer)
+            .await
+            .map_err(|_| Error::local("timed out"))?
     }
 }
 

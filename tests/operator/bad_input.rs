@@ -161,6 +161,7 @@ async fn an_unknown_model_is_final() {
     assert!(ready(&job).2.contains("gpt-nope") && ready(&job).2.contains("create a new GeminiBatchJob"));
     assert!(is_true(&job, conditions::FAILED));
     assert_eq!((env.sim.batches().len(), env.sim.files().len()), (0, 0));
+    assert!(env.config_maps().get_opt("out").await.unwrap().is_none(), "the reservation is given back");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -106,6 +106,7 @@ async fn results_too_large_for_a_config_map_wait_for_another_place() {
     let job = env.cleaned("job").await;
     assert_eq!(state(&job), "Succeeded");
     assert!(job.status.unwrap().output.unwrap().file_name.is_some());
+    assert!(env.config_maps().get_opt("out").await.unwrap().is_none(), "the reservation is given back");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -143,3 +143,70 @@ async fn another_key_than_the_one_that_paid_proves_nothing() {
     env.secret("gemini", &serde_json::json!({"apiKey": "test-key"})).await;
     assert_eq!(state(&env.finished("job").await), "Succeeded");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_another_key_was_not_shown_is_asked_for_with_the_old_one() {
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=1"]).await;
+    env.operator().await;
+    env.create("job", spec(&["[[sim:job=stall]]"], None)).await;
+    env.until("job", "running", |j| state(j) == "Running").await;
+    env.secret("gemini", &serde_json::json!({"apiKey": "of-another-project"})).await;
+    env.stalled("job", "CredentialsChanged").await;
+    // Asked for so often that with its own key it would count as gone.
+    let gets = env.count(Op::BatchGet);
+    let start = std::time::Instant::now();
+    while env.count(Op::BatchGet) < gets + 5 {
+        assert!(start.elapsed() < crate::harness::PATIENCE, "it does not look any more");
+        tokio::task::yield_now().await;
+    }
+    env.secret("gemini", &serde_json::json!({"apiKey": "test-key"})).await;
+    let job = env.until("job", "running again", |j| ready(j).1 == "Submitted").await;
+    assert!(!is_true(&job, conditions::FINISHED));
+    env.sim.finish(&env.sim.batches()[0].name, Outcome::Succeeded);
+    assert_eq!(state(&env.finished("job").await), "Succeeded");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unconfirmed_job_that_is_deleted_with_another_key_says_that_its_batch_may_go_on() {
+    let env = Env::new().await;
+    let effect = Effect::Status { code: 503, commit: false, envelope: true, retry_after: None };
+    env.sim.fault(Fault { op: Op::BatchCreate, contains: String::new(), skip: 0, times: 1, effect });
+    let mut timings = crate::harness::timings();
+    timings.deletion = jiff::SignedDuration::from_secs(3);
+    env.operator_with(timings).await;
+    env.create("job", spec(&["x"], None)).await;
+    env.stalled("job", "SubmissionUnconfirmed").await;
+    env.secret("gemini", &serde_json::json!({"apiKey": "of-another-project"})).await;
+    env.stalled("job", "CredentialsChanged").await;
+    env.delete("job").await;
+    env.gone("job").await;
+    assert_eq!(env.sim.files().len(), 1, "another key can't delete it");
+    let events: kube::Api<k8s_openapi::api::events::v1::Event> =
+        kube::Api::namespaced(env.client.clone(), &env.namespace);
+    let start = std::time::Instant::now();
+    loop {
+        let all = events.list(&kube::api::ListParams::default()).await.unwrap();
+        if all.items.iter().any(|e| e.reason.as_deref() == Some("Orphaned")) {
+            break;
+        }
+        assert!(start.elapsed() < crate::harness::PATIENCE, "nobody is told");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_finished_job_whose_secret_is_gone_can_be_deleted_at_once() {
+    let env = Env::new().await;
+    let effect = Effect::Status { code: 503, commit: false, envelope: true, retry_after: None };
+    // The input file can't be deleted, so the finalizer stays for a while.
+    env.sim.fault(Fault { op: Op::FileDelete, contains: String::new(), skip: 0, times: 2, effect });
+    let mut timings = crate::harness::timings();
+    timings.result_pauses = vec![jiff::SignedDuration::from_hours(1)];
+    env.operator_with(timings).await;
+    env.create("job", spec(&["x"], None)).await;
+    env.finished("job").await;
+    let secrets: kube::Api<k8s_openapi::api::core::v1::Secret> =
+        kube::Api::namespaced(env.client.clone(), &env.namespace);
+    secrets.delete("gemini", &kube::api::DeleteParams::default()).await.unwrap();
+    env.delete("job").await;
+    env.gone("job").await;
+}

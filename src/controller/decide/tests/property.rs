@@ -1,0 +1,722 @@
+//! Whatever happens in whatever order: nothing is paid for twice, nothing that was paid for is lost, and
+//! nothing stands still without saying why.
+//!
+//! A small Gemini and a small Kubernetes, the driver's loop around `decide`, and outcomes folded into memory
+//! as `act` does it. Random events and outcomes come first; then all goes well, and the job must end.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::api::State;
+
+/// More steps than any turn takes.
+const STEPS: usize = 40;
+const RESULT_LAG: i64 = 300;
+
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    /// A turn of the driver; it breaks off after so many steps, and the process may die then.
+    Turn {
+        steps: usize,
+        dies: bool,
+    },
+    Crash,
+    Pass(i64),
+    /// The Secret holds: the key, one of another project, another one of the same project, nothing.
+    Key(usize),
+    Input(u8),
+    Output(u8),
+    /// A callback; does it name the batch?
+    Hint(bool),
+    Sweep,
+    BatchEnds(BatchState),
+    Delete,
+}
+
+fn events() -> impl Strategy<Value = Vec<Event>> {
+    use BatchState::{Cancelled, Expired, Failed, Succeeded};
+    let turn = (1..STEPS, prop::bool::weighted(0.2)).prop_map(|(steps, dies)| Event::Turn { steps, dies });
+    let event = prop_oneof![
+        8 => Just(Event::Turn { steps: STEPS, dies: false }),
+        4 => turn,
+        2 => Just(Event::Crash),
+        4 => prop::sample::select(vec![1, 40, 700, 4000, 30_000, 90_000]).prop_map(Event::Pass),
+        2 => (0usize..4).prop_map(Event::Key),
+        1 => (0u8..3).prop_map(Event::Input),
+        1 => (0u8..3).prop_map(Event::Output),
+        2 => any::<bool>().prop_map(Event::Hint),
+        1 => Just(Event::Sweep),
+        2 => prop::sample::select(vec![Succeeded, Succeeded, Failed, Cancelled, Expired]).prop_map(Event::BatchEnds),
+        1 => prop::bool::weighted(0.3).prop_map(|yes| if yes { Event::Delete } else { Event::Sweep }),
+    ];
+    prop::collection::vec(event, 1..40)
+}
+
+const KEYS: [Option<&str>; 4] = [Some("k0"), Some("k1"), Some("k2"), None];
+
+/// Of two keys of one project each sees what the other one made.
+fn project(key: &str) -> u8 {
+    u8::from(key == "k1")
+}
+
+struct RemoteBatch {
+    batch: Batch,
+    project: u8,
+    readable_from: i64,
+}
+
+struct File {
+    sha: Option<String>,
+    project: u8,
+    gone_at: i64,
+}
+
+/// A create that is still travelling.
+struct Late {
+    at: i64,
+    display_name: String,
+    file: String,
+    project: u8,
+}
+
+struct World {
+    case: Case,
+    now: i64,
+    /// Outcomes to come; 0, and nothing, is the good one.
+    outcomes: VecDeque<u8>,
+    files: BTreeMap<String, File>,
+    batches: Vec<RemoteBatch>,
+    late: Vec<Late>,
+    sends: u32,
+    /// Send ids of all creates that left.
+    created: Vec<String>,
+    /// One of them may have created a batch.
+    may_exist: bool,
+    stored: Option<String>,
+    orphaned: bool,
+    gone: bool,
+    wake: Option<Wake>,
+}
+
+impl World {
+    fn new(outcomes: Vec<u8>, output: u8, theirs: bool) -> Self {
+        let mut world = Self {
+            case: applied().key("k0"),
+            now: 0,
+            outcomes: outcomes.into(),
+            files: BTreeMap::new(),
+            batches: Vec::new(),
+            late: Vec::new(),
+            sends: 0,
+            created: Vec::new(),
+            may_exist: false,
+            stored: None,
+            orphaned: false,
+            gone: false,
+            wake: None,
+        };
+        world.set_output(output);
+        if theirs {
+            world.case = world.case.gemini_file();
+            world.files.insert("files/theirs".to_owned(), File { sha: None, project: 0, gone_at: i64::MAX });
+        }
+        world
+    }
+
+    fn set_output(&mut self, which: u8) {
+        // As the schema has it: not after the end.
+        if !is_finished(&self.case.job) {
+            let name = ["", "o", "p"][usize::from(which)];
+            let map = json!({"configMap": {"name": name}});
+            self.case.job.spec.output =
+                if name.is_empty() { None } else { serde_json::from_value(map).unwrap() };
+            self.edited();
+        }
+    }
+
+    fn edited(&mut self) {
+        *self.case.job.metadata.generation.as_mut().unwrap() += 1;
+    }
+
+    fn outcome(&mut self, of: u8) -> u8 {
+        self.outcomes.pop_front().unwrap_or(0) % of
+    }
+
+    fn attempt(&self) -> Option<&Attempt> {
+        current_attempt(&self.case.job)
+    }
+
+    fn key(&self) -> String {
+        self.case.credential.clone().expect("no action without a key")
+    }
+
+    fn project(&self) -> u8 {
+        project(&self.key())
+    }
+
+    fn own_key(&self) -> bool {
+        self.attempt().is_some_and(|a| a.credential_fingerprint == self.key())
+    }
+
+    // ---------------------------------------------------------------------------------- events
+
+    fn happens(&mut self, event: Event) {
+        match event {
+            Event::Turn { steps, dies } => {
+                self.turn(steps);
+                if dies {
+                    self.case.memory = Memory::default();
+                }
+            }
+            Event::Crash => self.case.memory = Memory::default(),
+            Event::Pass(seconds) => self.pass(seconds),
+            Event::Key(which) => match KEYS[which] {
+                Some(key) => self.case = self.case.clone().key(key),
+                None => self.case = self.case.clone().no_key(),
+            },
+            Event::Input(0) => self.case = self.case.clone().no_input(),
+            Event::Input(version) => {
+                let sha256 = format!("sha{version}");
+                self.case.input = Ok(InputFacts { sha256, count: 2 });
+            }
+            Event::Output(which) => self.set_output(which),
+            Event::Hint(named) => {
+                let batch = self.batches.first().filter(|_| named).map(|b| b.batch.name.to_string());
+                self.case = self.case.clone().hint(&format!("m{}", self.now), batch.as_deref());
+            }
+            Event::Sweep => {
+                self.case.memory.looks.swept = self.attempt().is_some_and(|a| a.batch_name.is_some());
+            }
+            Event::BatchEnds(state) => self.end_batches(state),
+            Event::Delete => {
+                if self.case.job.metadata.deletion_timestamp.is_none() {
+                    self.case.job.metadata.deletion_timestamp = Some(Time(at(self.now)));
+                    self.edited();
+                    self.gone = !has_finalizer(&self.case.job);
+                }
+            }
+        }
+    }
+
+    fn pass(&mut self, seconds: i64) {
+        self.now += seconds;
+        self.case.now = at(self.now);
+        let now = self.now;
+        self.files.retain(|_, f| f.gone_at > now);
+        let (due, late): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.late).into_iter().partition(|l| l.at <= now);
+        self.late = late;
+        for create in due {
+            // A create whose input is gone fails.
+            if self.files.contains_key(&create.file) {
+                self.make_batch(&create.display_name, create.project);
+            }
+        }
+    }
+
+    fn make_batch(&mut self, display_name: &str, project: u8) -> Batch {
+        let name = BatchName::parse(&format!("b{}", self.batches.len())).unwrap();
+        let made = Batch { name, display_name: display_name.to_owned(), ..batch(BatchState::Running) };
+        self.batches.push(RemoteBatch { batch: made.clone(), project, readable_from: i64::MAX });
+        made
+    }
+
+    fn end_batches(&mut self, state: BatchState) {
+        for b in self.batches.iter_mut().filter(|b| !b.batch.is_terminal()) {
+            b.batch.state = state;
+            b.readable_from = if state == BatchState::Succeeded { self.now + RESULT_LAG } else { i64::MAX };
+        }
+    }
+
+    // ------------------------------------------------------------------------------- the driver
+
+    fn turn(&mut self, limit: usize) {
+        if self.gone {
+            return;
+        }
+        for step in 0.. {
+            assert!(step < STEPS, "it goes round in circles: {}", self.case.says());
+            if step == limit {
+                return; // the API server did not answer
+            }
+            self.sends += 1;
+            let fresh = format!("send{}", self.sends);
+            let case = self.case.clone();
+            let decision = decide(
+                &Observed {
+                    job: &case.job,
+                    credential: case.credential.clone(),
+                    input: needs_input(&case.job, &case.memory).then(|| case.input.clone()),
+                    memory: &case.memory,
+                    cluster: CLUSTER,
+                    fresh_send_id: &fresh,
+                    timings: &Timings::default(),
+                },
+                case.now,
+            );
+            match decision {
+                Decision::Act(action) => self.act(&action),
+                Decision::Record(change) => match self.outcome(24) {
+                    // A conflict: somebody was faster; look again.
+                    21 => {}
+                    // It was written, but the answer was lost.
+                    22 => {
+                        self.write(&change);
+                        return;
+                    }
+                    23 => return,
+                    _ => {
+                        self.write(&change);
+                        self.remember(&change);
+                    }
+                },
+                Decision::Wait { say, wake } => {
+                    if let Some(say) = &say {
+                        self.write(say);
+                    }
+                    self.check_wait(say.as_deref(), wake);
+                    self.wake = Some(wake);
+                    return;
+                }
+                Decision::Done => {
+                    assert!(self.gone || !has_finalizer(&self.case.job), "done, but the job is held");
+                    self.wake = None;
+                    return;
+                }
+            }
+            if self.gone {
+                return;
+            }
+        }
+    }
+
+    fn write(&mut self, change: &Change) {
+        let job = &mut self.case.job;
+        let before = job.status.clone().unwrap();
+        let finished = is_finished(job);
+        match change {
+            Change::AddFinalizer => job.metadata.finalizers = Some(vec![FINALIZER.to_owned()]),
+            Change::DropFinalizer { event } => {
+                job.metadata.finalizers = None;
+                self.orphaned = event.as_ref().is_some_and(|e| e.reason == Reason::Orphaned);
+                if job.metadata.deletion_timestamp.is_some() {
+                    self.gone = true;
+                    self.check_gone(finished);
+                }
+                return;
+            }
+            _ => {}
+        }
+        let job = &mut self.case.job;
+        let after = compose(&before, job.metadata.generation.unwrap(), change, self.case.now);
+        // What the schema enforces.
+        if finished {
+            assert_eq!(
+                (after.state, after.completion_time.as_ref()),
+                (before.state, before.completion_time.as_ref())
+            );
+        }
+        for a in before.attempts.iter().filter(|a| a.batch_name.is_some()) {
+            assert_eq!(
+                after.attempts.iter().find(|b| b.number == a.number).unwrap().batch_name,
+                a.batch_name
+            );
+        }
+        job.status = Some(after);
+        if let Change::Finished(end) = change {
+            self.check_end(end);
+        }
+    }
+
+    /// As `run::remember`.
+    fn remember(&mut self, change: &Change) {
+        let memory = &mut self.case.memory;
+        match change {
+            Change::Intent(a) => {
+                let own = identity::input_file(CLUSTER, UID, a.number, &a.send_id);
+                let stage = if a.input_file == own {
+                    Stage::NotUploaded
+                } else {
+                    Stage::Uploaded { file: a.input_file.clone() }
+                };
+                memory.send = Some(Send { send_id: a.send_id.clone(), stage });
+                memory.probe = None;
+            }
+            Change::Refused(_) | Change::Submitted { .. } => memory.send = None,
+            Change::HintObserved { .. } => memory.looks.recorded(),
+            Change::Finished(_) => {
+                memory.collected = None;
+                memory.output = OutputObject::Unknown;
+                memory.remote = None;
+            }
+            _ => {}
+        }
+    }
+
+    // ------------------------------------------------------------------------- outcomes, as `act`
+
+    fn set_stage(&mut self, stage: Stage) {
+        let send_id = self.attempt().unwrap().send_id.clone();
+        self.case.memory.send = Some(Send { send_id, stage });
+    }
+
+    fn fails(&mut self) {
+        let failures = self.case.memory.trouble.as_ref().map_or(0, |t| t.failures) + 1;
+        let problem = Problem::new(Reason::GeminiUnavailable, "it fails");
+        self.case.memory.trouble = Some(Trouble { failures, next: at(self.now + 5), problem });
+    }
+
+    fn cleanup_fails(&mut self) {
+        let before = self.case.memory.cleanup.failed;
+        let tries = Tries::again(before, self.case.now, &Timings::default().result_pauses);
+        self.case.memory.cleanup.failed = Some(tries);
+    }
+
+    fn listed(&self, attempt: &Attempt) -> Option<Batch> {
+        let project = self.project();
+        let found = self
+            .batches
+            .iter()
+            .find(|b| b.project == project && b.batch.display_name == attempt.display_name);
+        found.map(|b| b.batch.clone())
+    }
+
+    fn shown(&self, name: &BatchName) -> Option<Batch> {
+        let project = self.project();
+        self.batches.iter().find(|b| b.project == project && b.batch.name == *name).map(|b| b.batch.clone())
+    }
+
+    fn has_file(&self, name: &str) -> bool {
+        self.files.get(name).is_some_and(|f| f.project == self.project())
+    }
+
+    fn search(&self, refuted: Option<BatchName>) -> Search {
+        let before = match stage_of(self.attempt().unwrap(), &self.case.memory) {
+            Some(Stage::Unsure(search)) => search.clone(),
+            Some(_) => Search::default(),
+            None => Search { file_unasked: !self.own_key(), ..Search::default() },
+        };
+        match refuted {
+            Some(_) => Search { refuted, ..before },
+            None => Search { listings: before.listings + 1, next: Some(at(self.now + 60)), ..before },
+        }
+    }
+
+    fn refused(&mut self, call: RefusedCall, reason: Reason, is_final: bool) {
+        let refusal = Refusal {
+            call,
+            reason: reason.as_str().to_owned(),
+            code: 429,
+            time: MicroTime(self.case.now),
+            retry_time: MicroTime(at(self.now + 60)),
+        };
+        self.case.memory.trouble = None;
+        self.set_stage(Stage::Refused(Refused { refusal, reason, message: String::new(), is_final }));
+    }
+
+    fn act(&mut self, action: &Action) {
+        // One call in five fails for now, except for those with outcomes of their own.
+        let own = matches!(
+            action,
+            Action::CreateBatch { .. }
+                | Action::UploadInput { .. }
+                | Action::ReserveOutput { .. }
+                | Action::StoreResults { .. }
+                | Action::ReleaseOutput { .. }
+        );
+        if !own && self.outcome(5) == 4 {
+            return match action {
+                Action::CancelBatch { .. } | Action::FindToCancel { .. } | Action::DeleteInputFile { .. } => {
+                    self.cleanup_fails();
+                }
+                Action::GetBatch { .. } => {
+                    self.looked();
+                    self.case.memory.looks.swept = true;
+                    self.fails();
+                }
+                _ => self.fails(),
+            };
+        }
+        match action {
+            Action::ReserveOutput { name } => {
+                self.case.memory.cleanup.output_released = false;
+                self.case.memory.output = if self.outcome(4) == 3 {
+                    let problem = Problem::new(Reason::OutputConflict, "it is taken");
+                    let generation = self.case.job.metadata.generation.unwrap();
+                    OutputObject::Blocked { problem, generation, retry: Some(at(self.now + 30)) }
+                } else {
+                    OutputObject::Reserved { name: name.clone() }
+                };
+            }
+            Action::ReleaseOutput { .. } => {
+                self.case.memory.output = OutputObject::Unknown;
+                self.case.memory.cleanup.output_released = true;
+            }
+            Action::StoreResults { name } => {
+                self.stored = Some(name.clone());
+                self.case.memory.output = OutputObject::Stored { name: name.clone() };
+                self.case.memory.collected.as_mut().unwrap().lines = Lines::Dropped;
+            }
+            Action::FindInputFile { file } => {
+                let attempt = self.attempt().unwrap().clone();
+                self.case.memory.trouble = None;
+                let stage = match self.listed(&attempt) {
+                    _ if self.has_file(file) => Stage::Unsure(Search::default()),
+                    Some(batch) => Stage::Found(Box::new(batch)),
+                    None => Stage::NotUploaded,
+                };
+                self.set_stage(stage);
+            }
+            Action::UploadInput { file } => self.upload(file),
+            Action::CreateBatch { attempt } => self.create(attempt),
+            Action::FindBatch { attempt } => {
+                self.case.memory.trouble = None;
+                let stage = match self.listed(attempt) {
+                    Some(batch) => Stage::Found(Box::new(batch)),
+                    None => Stage::Unsure(self.search(None)),
+                };
+                self.set_stage(stage);
+            }
+            Action::ConfirmHinted { batch, attempt } => {
+                let stage = match self.shown(batch).filter(|b| b.display_name == attempt.display_name) {
+                    Some(batch) => Stage::Found(Box::new(batch)),
+                    None => Stage::Unsure(self.search(Some(batch.clone()))),
+                };
+                self.set_stage(stage);
+            }
+            Action::ProbeCredential => {
+                let accepted = self.outcome(2) == 0;
+                let (fingerprint, next) = (self.key(), at(self.now + 40));
+                self.case.memory.probe = Some(Probe { fingerprint, accepted, next });
+            }
+            Action::GetBatch { batch } => {
+                self.looked();
+                self.case.memory.trouble = None;
+                let before = match &self.case.memory.remote {
+                    Some(Remote::Missing(absent)) => Some(absent),
+                    _ => None,
+                };
+                let missing = Remote::Missing(self.absent(before));
+                let seen = self.shown(batch).map(|seen| Remote::Seen(Box::new(seen)));
+                self.case.memory.remote = Some(seen.unwrap_or(missing));
+            }
+            Action::Collect { name, .. } => {
+                let (project, now) = (self.project(), self.now);
+                let readable = |b: &&RemoteBatch| {
+                    b.project == project && b.batch.name == *name && b.readable_from <= now
+                };
+                self.case.memory.trouble = None;
+                if self.batches.iter().any(|b| readable(&b)) {
+                    let lines = if output_name(&self.case.job).is_some() { kept() } else { Lines::Dropped };
+                    self.case.memory.unreadable = None;
+                    self.case.memory.collected = Some(collected(2, lines));
+                } else {
+                    self.case.memory.unreadable = Some(self.absent(self.case.memory.unreadable.as_ref()));
+                }
+            }
+            Action::CancelBatch { batch } => {
+                let (project, own_key) = (self.project(), self.own_key());
+                match self.batches.iter_mut().find(|b| b.project == project && b.batch.name == *batch) {
+                    Some(b) if !b.batch.is_terminal() => b.batch.state = BatchState::Cancelled,
+                    Some(_) => {}
+                    None if own_key => {}
+                    None => return self.cleanup_fails(),
+                }
+                self.case.memory.cleanup.failed = None;
+                self.case.memory.cleanup.cancelled = true;
+                self.case.memory.cleanup.to_cancel.retain(|b| b != batch);
+            }
+            Action::FindToCancel { attempt } => {
+                let found = self.listed(attempt);
+                if found.is_none() && !self.own_key() {
+                    return self.cleanup_fails();
+                }
+                let cleanup = &mut self.case.memory.cleanup;
+                cleanup.failed = None;
+                cleanup.listings += 1;
+                cleanup.to_cancel = found.into_iter().filter(|b| !b.is_terminal()).map(|b| b.name).collect();
+            }
+            Action::DeleteInputFile { file } => {
+                assert_ne!(file, "files/theirs");
+                if self.has_file(file) {
+                    self.files.remove(file);
+                } else if !self.own_key() {
+                    return self.cleanup_fails();
+                }
+                self.case.memory.cleanup.failed = None;
+                self.case.memory.cleanup.input_deleted = true;
+            }
+        }
+    }
+
+    fn absent(&self, before: Option<&Absent>) -> Absent {
+        Absent::again(before, &self.key(), self.case.now, &Timings::default().result_pauses)
+    }
+
+    fn looked(&mut self) {
+        let hint = self.attempt().and_then(|a| new_hint(&self.case.job, a)).map(ToOwned::to_owned);
+        self.case.memory.looks.looked(hint.as_deref(), self.case.now, &Timings::default().hint_pauses);
+    }
+
+    fn upload(&mut self, file: &str) {
+        let outcome = self.outcome(8);
+        // Only a complete file exists; its answer may be lost.
+        if matches!(outcome, 0..=3 | 7) {
+            let sha = self.case.input.as_ref().ok().map(|i| i.sha256.clone());
+            let name = if outcome == 3 { format!("files/given{}", self.sends) } else { file.to_owned() };
+            let stored = File { sha, project: self.project(), gone_at: self.now + 48 * 3600 };
+            self.files.insert(name.clone(), stored);
+            if outcome == 7 {
+                return self.fails(); // and the file can't be asked for either
+            }
+            self.case.memory.trouble = None;
+            return self.set_stage(Stage::Uploaded { file: name });
+        }
+        match outcome {
+            4 => self.refused(RefusedCall::Upload, Reason::WaitingForQuota, false),
+            5 => self.refused(RefusedCall::Upload, Reason::CredentialsRefused, false),
+            _ => self.fails(),
+        }
+    }
+
+    fn create(&mut self, attempt: &Attempt) {
+        // The three that nobody would forgive.
+        assert_eq!(self.attempt(), Some(attempt), "only what is recorded is asked for");
+        assert!(attempt.refusal.is_none() && attempt.batch_name.is_none() && !is_finished(&self.case.job));
+        assert!(!self.created.contains(&attempt.send_id), "a send is made twice");
+        assert!(!self.may_exist, "an earlier send may have made a batch");
+        assert_eq!(attempt.credential_fingerprint, self.key(), "under the recorded key");
+        self.created.push(attempt.send_id.clone());
+
+        self.set_stage(Stage::Unsure(Search::default()));
+        let theirs = self.case.job.spec.input.gemini_file.is_some();
+        if !self.has_file(&attempt.input_file) {
+            return self.refused(RefusedCall::Create, Reason::InputFileNotFound, theirs);
+        }
+        assert_eq!(
+            self.files[&attempt.input_file].sha, attempt.input_sha256,
+            "what is paid for is what is recorded"
+        );
+        let (project, name) = (self.project(), attempt.display_name.clone());
+        match self.outcome(10) {
+            5 | 8 => self.refused(RefusedCall::Create, Reason::WaitingForQuota, false),
+            6 => self.refused(RefusedCall::Create, Reason::CredentialsRefused, false),
+            9 => self.refused(RefusedCall::Create, Reason::ModelNotFound, true),
+            outcome => {
+                self.may_exist = true;
+                match outcome {
+                    1 => _ = self.make_batch(&name, project), // the answer is lost
+                    2 => {}                                   // it never arrived
+                    // Somebody else's file is no fence: that a create still travels can't be excluded.
+                    3 if !theirs => {
+                        let file = attempt.input_file.clone();
+                        self.late.push(Late { at: self.now + 700, display_name: name, file, project });
+                    }
+                    _ => {
+                        let made = self.make_batch(&name, project);
+                        self.case.memory.trouble = None;
+                        self.set_stage(Stage::Created(Box::new(made)));
+                    }
+                }
+            }
+        }
+    }
+
+    // ------------------------------------------------------------------------------- invariants
+
+    fn check_wait(&self, say: Option<&Change>, wake: Wake) {
+        let job = &self.case.job;
+        let deleting = job.metadata.deletion_timestamp.is_some();
+        match wake {
+            Wake::At(time) => assert!(time > self.case.now, "a wait that is none"),
+            Wake::Recheck => {}
+            Wake::OnChange => match say {
+                // The callback and the sweep wake it.
+                Some(Change::Running) => assert!(self.attempt().unwrap().batch_name.is_some()),
+                Some(Change::Waiting { problem, stalled: true, .. }) => {
+                    assert_eq!(problem.reason, Reason::OutputTooLarge);
+                }
+                other => panic!("nothing is certain to wake it: {other:?}"),
+            },
+        }
+        if say.is_none() && !is_finished(job) {
+            let failures = self.case.memory.trouble.as_ref().map(|t| t.failures);
+            let cleanup = self.case.memory.cleanup.failed.map(|t| t.count);
+            assert!(
+                failures == Some(1) || (deleting && cleanup == Some(1)),
+                "it stands still and says nothing"
+            );
+        }
+    }
+
+    /// Nothing that was paid for is lost.
+    fn check_end(&self, end: &End) {
+        for b in &self.batches {
+            assert!(b.batch.is_terminal(), "the job ended as {}, its batch runs", end.reason);
+            if b.batch.state == BatchState::Succeeded {
+                assert_eq!(end.state, State::Succeeded, "results were lost: {}", end.reason);
+                let wanted = output_name(&self.case.job);
+                assert!(wanted.is_none() || self.stored.as_deref() == wanted, "results were not stored");
+            }
+        }
+        assert!(self.late.is_empty(), "ended while a create travels");
+    }
+
+    /// A job that was deleted leaves nothing behind that costs money, or says that it does.
+    fn check_gone(&self, finished: bool) {
+        let going_on = self.batches.iter().any(|b| !b.batch.is_terminal());
+        let travelling = self.late.iter().any(|l| self.files.contains_key(&l.file));
+        assert!(self.orphaned || !(going_on || travelling), "gone, and something goes on unsaid");
+        assert!(!(finished && self.orphaned));
+    }
+
+    /// Now all goes well, and time passes: it must come to an end.
+    fn comes_to_an_end(&mut self) {
+        self.outcomes.clear();
+        let recorded = self.attempt().map(|a| a.credential_fingerprint.clone());
+        self.case = self.case.clone().key(recorded.as_deref().unwrap_or("k0"));
+        self.case.input = Ok(InputFacts { sha256: "sha1".to_owned(), count: 2 });
+        self.pass(1000);
+        for _ in 0..60 {
+            self.turn(STEPS);
+            if self.gone || (is_finished(&self.case.job) && !has_finalizer(&self.case.job)) {
+                return;
+            }
+            self.end_batches(BatchState::Succeeded);
+            let pause = match self.wake {
+                Some(Wake::At(time)) => time.duration_since(at(self.now)).as_secs().max(1),
+                Some(Wake::Recheck) => 40,
+                Some(Wake::OnChange) | None => {
+                    self.case.memory.looks.swept = true;
+                    600
+                }
+            };
+            self.pass(pause);
+        }
+        let status = self.case.job.status.clone().unwrap();
+        let reason = &conditions::get(&status.conditions, conditions::READY).unwrap().reason;
+        // A batch that was never made can't be told from one that is not shown: the user decides.
+        assert_eq!(reason, "SubmissionUnconfirmed", "stuck: {}", self.case.says());
+        assert!(self.batches.is_empty() && conditions::is_true(&status.conditions, conditions::STALLED));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 3000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_happens(
+        events in events(),
+        outcomes in prop::collection::vec(any::<u8>(), 0..60),
+        output in 0u8..3,
+        theirs in prop::bool::weighted(0.15),
+    ) {
+        let mut world = World::new(outcomes, output, theirs);
+        for event in events {
+            world.happens(event);
+        }
+        world.comes_to_an_end();
+    }
+}
