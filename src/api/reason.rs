@@ -32,8 +32,6 @@ pub enum Reason {
     InputInvalid,
     /// The input is larger than allowed.
     InputTooLarge,
-    /// The input is not any more what was recorded before the submission.
-    InputChanged,
     /// The output object exists and was not made for this job.
     OutputConflict,
     /// The results do not fit into the output object.
@@ -76,7 +74,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, for documentation and for tests that none is forgotten.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 30] = [
         Self::Submitting,
         Self::Submitted,
         Self::WaitingForQuota,
@@ -90,7 +88,6 @@ impl Reason {
         Self::InputNotFound,
         Self::InputInvalid,
         Self::InputTooLarge,
-        Self::InputChanged,
         Self::OutputConflict,
         Self::OutputTooLarge,
         Self::OutputNotWritable,
@@ -127,7 +124,6 @@ impl Reason {
             Self::InputNotFound => "InputNotFound",
             Self::InputInvalid => "InputInvalid",
             Self::InputTooLarge => "InputTooLarge",
-            Self::InputChanged => "InputChanged",
             Self::OutputConflict => "OutputConflict",
             Self::OutputTooLarge => "OutputTooLarge",
             Self::OutputNotWritable => "OutputNotWritable",

@@ -106,9 +106,10 @@ impl Step<'_> {
             Action::Collect { name, batch } => self.collect(name, batch.as_deref(), memory).await?,
             Action::CancelBatch { batch } => self.cancel(batch, memory).await,
             Action::FindToCancel { attempt } => match self.list_for(attempt).await {
-                // Another key need not be shown the batch.
-                Ok(found) if found.is_empty() && !self.same_key(attempt) => {
-                    self.cleanup_failed(memory, "looking for the batch with another API key", "not shown");
+                // Another key need not be shown the batch. And a create that is still travelling can't be
+                // fenced off while its input is somebody else's file: it is looked for as long as there is time.
+                Ok(found) if found.is_empty() && !(self.same_key(attempt) && self.has_own_input()) => {
+                    self.cleanup_failed(memory, "looking for the batch", "not shown");
                 }
                 Ok(found) => {
                     memory.cleanup.failed = None;
@@ -449,6 +450,10 @@ impl Step<'_> {
         memory.cleanup.failed = None;
         memory.cleanup.cancelled = true;
         memory.cleanup.to_cancel.retain(|b| b != batch);
+    }
+
+    fn has_own_input(&self) -> bool {
+        self.job.spec.input.gemini_file.is_none()
     }
 
     fn is_own_key(&self) -> bool {

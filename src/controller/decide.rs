@@ -393,8 +393,9 @@ fn reusable(
 ) -> bool {
     a.refusal.as_ref().is_some_and(|r| {
         r.call == RefusedCall::Create
-            && (r.reason == Reason::WaitingForQuota.as_str()
-                || r.reason == Reason::PreconditionFailed.as_str())
+            && [Reason::WaitingForQuota, Reason::PreconditionFailed, Reason::CredentialsRefused]
+                .iter()
+                .any(|reason| r.reason == reason.as_str())
     }) && a.credential_fingerprint == fingerprint
         && a.input_sha256.as_deref() == input.map(|i| i.sha256.as_str())
         && after(a.intent_time.0, o.timings.reuse_file) > now
@@ -662,7 +663,12 @@ fn reading(
         };
     }
     let promised = batch.is_some_and(|b| b.state == BatchState::Succeeded || b.output_file.is_some());
-    let give_up = if promised { after(tries.since, o.timings.result_patience) } else { tries.since };
+    let counted = batch.and_then(|b| b.stats).is_some_and(|s| s.succeeded > 0);
+    let give_up = match (promised, counted) {
+        (true, _) => after(tries.since, o.timings.result_patience),
+        (false, true) => after(tries.since, o.timings.result_late),
+        (false, false) => tries.since,
+    };
     if give_up <= now {
         return end(o, a, batch, None);
     }

@@ -66,7 +66,8 @@ pub struct Timings {
     pub search_pauses: Vec<SignedDuration>,
     /// Pauses between tries to read a result file; the last one repeats.
     pub result_pauses: Vec<SignedDuration>,
-    /// After this long without its result file a job says that it is stalled.
+    /// After this long without its result file a job says that it is stalled. A batch that did not succeed, but
+    /// has successes by its own count, is not waited for longer.
     pub result_late: SignedDuration,
     /// After this long without its result file a succeeded batch counts as lost.
     pub result_patience: SignedDuration,
@@ -102,7 +103,7 @@ impl Default for Timings {
             result_pauses: seconds(&[1, 2, 4, 8, 15, 30, 60, 120, 300, 600]),
             result_late: SignedDuration::from_mins(10),
             result_patience: SignedDuration::from_hours(24),
-            gone_after: SignedDuration::from_mins(10),
+            gone_after: SignedDuration::from_hours(1),
             reuse_file: SignedDuration::from_hours(40),
             absent_file_proves: SignedDuration::from_hours(24),
             deletion: SignedDuration::from_mins(5),

@@ -320,7 +320,8 @@ fn show(decision: &Decision) -> String {
             let results = if results.is_some() { "+results" } else { "" };
             format!("{}{}{results}", problem.reason, if *stalled { "!" } else { "" })
         }
-        Change::Running => "Running".to_owned(),
+        Change::Running { early: None } => "Running".to_owned(),
+        Change::Running { early: Some(event) } => format!("Running, though {event} was said"),
         other => panic!("nobody waits with {other:?}"),
     };
     match decision {
@@ -578,11 +579,11 @@ fn while_it_runs() {
         "a callback that was acted on": running().hint("m", None).attempt(|a| a.observed_hint = Some("m".to_owned())) => "Wait Running change";
         "a callback, other key": running().hint("m", None).key("other") => "GetBatch";
         "a callback, no key": running().hint("m", None).no_key() => "Wait CredentialsNotFound! recheck";
-        "an early callback": following(5) => "Wait Running +5";
+        "an early callback": following(5) => "Wait Running, though batch.succeeded was said +5";
         "an early callback, due": following(0) => "GetBatch";
         "a second callback meanwhile": following(5).hint("m2", None) => "GetBatch";
         "all looks made": spent(seen().hint("m", None), "m") => "HintObserved";
-        "a new callback, budget spent": spent(seen().hint("m2", None), "m") => "Wait Running +56";
+        "a new callback, budget spent": spent(seen().hint("m2", None), "m") => "Wait Running, though batch.succeeded was said +56";
         "the budget is back": spent(seen().hint("m2", None), "m").at(56) => "GetBatch";
         "swept": running().looks(|l| l.swept = true) => "GetBatch";
         "swept, budget spent": spent(seen().looks(|l| l.swept = true), "m").looks(|l| l.swept = true) => "Wait Running +56";
@@ -592,13 +593,13 @@ fn while_it_runs() {
 
 #[test]
 fn a_batch_that_gemini_does_not_show() {
-    let gone = || running().remote(missing(KEY, 3, -600, 30));
+    let gone = || running().remote(missing(KEY, 3, -3600, 30));
     check! {
         "for the first time": running().remote(missing(KEY, 1, 0, 1)) => "Wait GeminiUnavailable +1";
         "due": running().remote(missing(KEY, 1, -1, 0)) => "GetBatch";
-        "ten minutes, but only two looks": running().remote(missing(KEY, 2, -600, 30)) => "Wait GeminiUnavailable +30";
-        "many looks, but not ten minutes": running().remote(missing(KEY, 9, -599, 30)) => "Wait GeminiUnavailable +30";
-        "ten minutes, but not asked lately": running().remote(missing(KEY, 3, -600, 0)) => "GetBatch";
+        "an hour, but only two looks": running().remote(missing(KEY, 2, -3600, 30)) => "Wait GeminiUnavailable +30";
+        "many looks, but not an hour": running().remote(missing(KEY, 9, -3599, 30)) => "Wait GeminiUnavailable +30";
+        "an hour, but not asked lately": running().remote(missing(KEY, 3, -3600, 0)) => "GetBatch";
         "gone: read what there may be": gone() => "Collect";
         "gone, and no results": gone().unreadable(KEY, 0, 1) => "Finished Failed BatchNotFound";
         "gone, results are there": gone().with(|c| c.memory.collected = Some(collected(2, Lines::Dropped))) => "Finished Failed BatchNotFound";
@@ -640,6 +641,13 @@ fn results_are_read_with_patience() {
             }
         })
     };
+    let counted = |case: Case| {
+        case.with(|c| {
+            if let Some(Remote::Seen(b)) = &mut c.memory.remote {
+                b.stats = Some(crate::gemini::Stats { total: 2, succeeded: 1, failed: 0, pending: 1 });
+            }
+        })
+    };
     check! {
         "succeeded": ended(Succeeded) => "Collect";
         "failed": ended(Failed) => "Collect";
@@ -656,6 +664,8 @@ fn results_are_read_with_patience() {
         "failed: nothing was promised": ended(Failed).unreadable(KEY, 0, 2) => "Finished Failed BatchFailed";
         "expired": ended(Expired).unreadable(KEY, 0, 2) => "Finished Failed BatchExpired";
         "cancelled": ended(Cancelled).unreadable(KEY, 0, 2) => "Finished Cancelled BatchCancelled";
+        "expired, but Gemini counted successes": counted(ended(Expired)).unreadable(KEY, -599, 2) => "Wait ResultsNotReadable +2";
+        "expired, the counted successes do not come": counted(ended(Expired)).unreadable(KEY, -600, 2) => "Finished Failed BatchExpired";
         "expired, but Gemini names a file": named(ended(Expired)).unreadable(KEY, 0, 2) => "Wait ResultsNotReadable +2";
         "another key may not read it": ended(Succeeded).unreadable("other", -86_400, 2).key("other") => "Wait CredentialsChanged! +2";
         "another key, nothing promised": ended(Expired).unreadable("other", 0, 600).key("other") => "Wait CredentialsChanged! recheck";

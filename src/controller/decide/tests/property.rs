@@ -634,7 +634,7 @@ impl World {
             Wake::Recheck => {}
             Wake::OnChange => match say {
                 // The callback and the sweep wake it.
-                Some(Change::Running) => assert!(self.attempt().unwrap().batch_name.is_some()),
+                Some(Change::Running { .. }) => assert!(self.attempt().unwrap().batch_name.is_some()),
                 Some(Change::Waiting { problem, stalled: true, .. }) => {
                     assert_eq!(problem.reason, Reason::OutputTooLarge);
                 }
