@@ -286,6 +286,23 @@ mod tests {
     }
 
     #[test]
+    fn callbacks_are_accepted_as_the_administrator_says() {
+        let run = |args: &[&str]| {
+            let all = ["gemini-batch-operator", "run"].into_iter().chain(args.iter().copied());
+            match Cli::try_parse_from(all).map_err(|e| e.to_string())?.command {
+                Command::Run(run) => Ok(*run),
+                _ => unreachable!("the arguments say run"),
+            }
+        };
+        assert_eq!(run(&[]).unwrap().callback_schemes, [Scheme::V1a, Scheme::Jwt]);
+        assert_eq!(run(&["--callback-schemes", "jwt"]).unwrap().callback_schemes, [Scheme::Jwt]);
+        let refused: Result<RunArgs, String> = run(&["--callback-schemes", "v1a,v1"]);
+        assert!(refused.unwrap_err().contains("set up per project: expected v1a or jwt"));
+        let half: Result<RunArgs, String> = run(&["--tls-cert-file", "x"]);
+        assert!(half.unwrap_err().contains("--tls-key-file"));
+    }
+
+    #[test]
     fn the_cli_is_consistent() {
         use clap::CommandFactory as _;
         Cli::command().debug_assert();

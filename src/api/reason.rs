@@ -65,6 +65,9 @@ pub enum Reason {
     /// Some requests have a response.
     CompletedWithFailures,
 
+    /// A callback that came after the end says otherwise.
+    ContradictingCallback,
+
     // --- deletion ---
     /// The batch was cancelled because the job is being deleted.
     Cancelled,
@@ -74,7 +77,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, for documentation and for tests that none is forgotten.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 31] = [
         Self::Submitting,
         Self::Submitted,
         Self::WaitingForQuota,
@@ -103,6 +106,7 @@ impl Reason {
         Self::AllRequestsFailed,
         Self::Completed,
         Self::CompletedWithFailures,
+        Self::ContradictingCallback,
         Self::Cancelled,
         Self::Orphaned,
     ];
@@ -139,6 +143,7 @@ impl Reason {
             Self::AllRequestsFailed => "AllRequestsFailed",
             Self::Completed => "Completed",
             Self::CompletedWithFailures => "CompletedWithFailures",
+            Self::ContradictingCallback => "ContradictingCallback",
             Self::Cancelled => "Cancelled",
             Self::Orphaned => "Orphaned",
         }

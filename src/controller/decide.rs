@@ -15,8 +15,8 @@ use super::identity;
 use super::memory::{Absent, Cleanup, Memory, OutputObject, Refused, Remote, Search, Stage, Trouble, after};
 use super::{InputFacts, Problem, Timings};
 use crate::api::{
-    Attempt, FINALIZER, GeminiBatchJob, OutputStatus, Reason, Refusal, RefusedCall, RequestCounts, Usage,
-    conditions,
+    Attempt, Callback, FINALIZER, GeminiBatchJob, OutputStatus, Reason, Refusal, RefusedCall, RequestCounts,
+    Usage, conditions,
 };
 use crate::gemini::{Batch, BatchName, BatchState};
 
@@ -88,6 +88,7 @@ impl Decision {
                 Change::HintObserved { .. } => "HintObserved",
                 Change::Waiting { .. } => "Waiting",
                 Change::Running { .. } => "Running",
+                Change::Contradicted { .. } => "Contradicted",
                 Change::Finished(_) => "Finished",
                 Change::Refresh => "Refresh",
             },
@@ -230,6 +231,13 @@ pub enum Change {
         /// The type of a callback that was followed, and that Gemini does not confirm yet.
         early: Option<String>,
     },
+    /// A callback that came after the end says otherwise.
+    Contradicted {
+        /// Its webhook id.
+        hint: String,
+        /// What there is to say about it.
+        problem: Problem,
+    },
     /// The job has ended.
     Finished(Box<End>),
     /// The spec was edited after the end: the conditions hold for the new generation as well.
@@ -265,7 +273,7 @@ pub fn needs_input(job: &GeminiBatchJob, memory: &Memory) -> bool {
 /// Whether anything is left to do that may need the API key.
 #[must_use]
 pub fn needs_credential(job: &GeminiBatchJob) -> bool {
-    !is_finished(job) || has_finalizer(job)
+    !is_finished(job) || has_finalizer(job) || contradicted(job).is_some()
 }
 
 /// What to do next.
@@ -703,10 +711,35 @@ fn after_the_end(o: &Observed<'_>, now: Timestamp) -> Decision {
     if o.job.status.as_ref().and_then(|s| s.observed_generation) != o.job.metadata.generation {
         return record(Change::Refresh);
     }
+    if let Some((a, callback)) = contradicted(o.job) {
+        return contradiction(o, a, callback, now);
+    }
     if !has_finalizer(o.job) {
         return Decision::Done;
     }
     leftovers(o, now)
+}
+
+/// The end does not change any more, but somebody may want to know: Gemini is asked once, and it is said.
+fn contradiction(o: &Observed<'_>, a: &Attempt, callback: &Callback, now: Timestamp) -> Decision {
+    let asked = o.memory.looks.following.as_ref().is_some_and(|(hint, _)| *hint == callback.webhook_id);
+    let name = a.batch_name.as_deref().and_then(|name| BatchName::parse(name).ok());
+    if let Some(batch) = name.filter(|_| !asked && o.credential.is_ok()) {
+        let allowed = o.memory.looks.allowed(now, o.timings.look_window);
+        return if allowed <= now {
+            Decision::Act(Action::GetBatch { batch })
+        } else {
+            Decision::Wait { say: None, wake: Wake::At(allowed) }
+        };
+    }
+    let seen = match &o.memory.remote {
+        Some(Remote::Seen(batch)) if asked => Some(&**batch),
+        _ => None,
+    };
+    record(Change::Contradicted {
+        hint: callback.webhook_id.clone(),
+        problem: ending::contradicted(a, &callback.type_, seen),
+    })
 }
 
 /// What a finished job left behind. None of it holds the job for long, and nothing is said: the status of
@@ -888,6 +921,17 @@ pub fn output_name(job: &GeminiBatchJob) -> Option<&str> {
 pub fn new_hint<'a>(job: &'a GeminiBatchJob, a: &Attempt) -> Option<&'a str> {
     let callback = job.status.as_ref()?.callback.as_ref()?;
     (a.observed_hint.as_ref() != Some(&callback.webhook_id)).then_some(callback.webhook_id.as_str())
+}
+
+/// A callback that was not looked into yet and that says another end than the one recorded.
+#[must_use]
+pub fn contradicted(job: &GeminiBatchJob) -> Option<(&Attempt, &Callback)> {
+    let callback = job.status.as_ref()?.callback.as_ref().filter(|_| is_finished(job))?;
+    let attempt = current_attempt(job)?;
+    new_hint(job, attempt)?;
+    let said = BatchState::of_event(&callback.type_)?;
+    let known = attempt.remote_state.as_deref()?;
+    (said.as_str() != known).then_some((attempt, callback))
 }
 
 /// Whether the last callback of an unfinished job was not acted on to its end yet.

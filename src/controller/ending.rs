@@ -324,6 +324,27 @@ pub fn too_large(name: &str, bytes: i64) -> Problem {
     )
 }
 
+/// A callback came after the end and said something else.
+#[must_use]
+pub fn contradicted(a: &Attempt, event: &str, seen: Option<&Batch>) -> Problem {
+    let batch = a.batch_name.as_deref().unwrap_or_default();
+    let known = a.remote_state.as_deref().unwrap_or_default();
+    let now = match seen {
+        None => "Gemini could not be asked again".to_owned(),
+        Some(b) if b.state.as_str() == known => format!("Gemini still says {known}"),
+        Some(b) if b.state == BatchState::Succeeded => {
+            format!("Gemini says SUCCEEDED now, and its result file is {}", b.output_file_or_derived())
+        }
+        Some(b) => format!("Gemini says {} now", b.state.as_str()),
+    };
+    Problem::new(
+        Reason::ContradictingCallback,
+        format!(
+            "a callback said {event} of {batch}, which had ended as {known}; {now}. The job stays as it is"
+        ),
+    )
+}
+
 /// The job is being deleted, and Gemini does not do its part yet.
 #[must_use]
 pub fn not_cleaned_up(deadline: Timestamp) -> Problem {

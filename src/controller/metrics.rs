@@ -11,6 +11,8 @@ pub struct Metrics {
     pub hints_waiting: Gauge,
     /// Callbacks that were acted on: Gemini was asked until it confirmed the end, or often enough.
     pub hints_observed: Counter,
+    /// Callbacks that came after the end and said otherwise.
+    pub contradictions: Counter,
     /// Times that the key ring's Secret had vanished and was written back.
     pub keyring_restored: Counter,
 }
@@ -29,6 +31,11 @@ impl Metrics {
             "callback_hints_observed",
             "Callbacks that were acted on to their end: it was confirmed, or Gemini went on saying that the batch runs",
             m.hints_observed.clone(),
+        );
+        registry.register(
+            "callback_contradictions",
+            "Callbacks that came after the end of their job and said another end",
+            m.contradictions.clone(),
         );
         registry.register(
             "callback_keyring_restored",

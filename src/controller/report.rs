@@ -135,6 +135,11 @@ pub fn compose(
             }
             running(&mut s, None, generation, now);
         }
+        Change::Contradicted { hint, .. } => {
+            if let Some(a) = current(&mut s) {
+                a.observed_hint = Some(hint.clone());
+            }
+        }
         Change::Waiting { problem, stalled, results } => {
             if let Some(results) = results {
                 put_results(&mut s, results);
@@ -253,7 +258,7 @@ pub fn event(change: &Change) -> Option<(Reason, String, bool)> {
             Some((Reason::Submitted, format!("{} {how}", batch.name), true))
         }
         Change::Finished(end) => Some((end.reason, end.message.clone(), end.state == State::Succeeded)),
-        Change::Waiting { problem, stalled: true, .. } => {
+        Change::Waiting { problem, stalled: true, .. } | Change::Contradicted { problem, .. } => {
             Some((problem.reason, problem.message.clone(), false))
         }
         Change::Refused(refused) => {

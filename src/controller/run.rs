@@ -285,6 +285,7 @@ fn forget(ctx: &Context, uid: &str) {
 fn at_rest_for_ever(job: &GeminiBatchJob) -> bool {
     decide::is_finished(job)
         && !decide::has_finalizer(job)
+        && decide::contradicted(job).is_none()
         && job.status.as_ref().and_then(|s| s.observed_generation) == job.metadata.generation
 }
 
@@ -494,6 +495,11 @@ fn remember(ctx: &Context, change: &Change, ring: &KeyRing, uid: &str, memory: &
             memory.probe = None;
         }
         Change::Refused(_) | Change::Submitted { .. } => memory.send = None,
+        Change::Contradicted { .. } => {
+            ctx.metrics.contradictions.inc();
+            memory.looks.recorded();
+            memory.remote = None;
+        }
         Change::HintObserved { .. } => {
             ctx.metrics.hints_observed.inc();
             memory.looks.recorded();

@@ -81,6 +81,18 @@ impl BatchState {
         }
     }
 
+    /// The end that an event of a webhook speaks of, in the spelling of `status.callback.type`.
+    #[must_use]
+    pub fn of_event(event: &str) -> Option<Self> {
+        match event {
+            "batch.succeeded" => Some(Self::Succeeded),
+            "batch.failed" => Some(Self::Failed),
+            "batch.expired" => Some(Self::Expired),
+            "batch.cancelled" => Some(Self::Cancelled),
+            _ => None,
+        }
+    }
+
     /// `BATCH_STATE_X` on the wire, `JOB_STATE_X` in some documents: the suffix decides.
     fn parse(text: &str) -> Self {
         let all =

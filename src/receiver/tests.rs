@@ -23,6 +23,7 @@ use super::keys::{Document, FetchError, HttpJwks, JwksSource};
 use super::metrics::Metrics;
 use super::ring::{RingReadError, RingSource};
 use super::server::Limits;
+use super::tls::Tls;
 use super::{Config, Receiver, SetupError};
 use crate::callback::event::EventType;
 use crate::callback::jwks::JwksError;
@@ -892,11 +893,15 @@ struct Served {
 const SHORT: Duration = Duration::from_millis(400);
 
 async fn served(configure: impl FnOnce(&mut Limits)) -> Served {
+    serve(|c| configure(&mut c.limits)).await
+}
+
+async fn serve(configure: impl FnOnce(&mut Config)) -> Served {
     let world = cold_world(|c| {
         c.limits.header = SHORT;
         c.limits.body = SHORT;
         c.limits.handler = Duration::from_secs(2);
-        configure(&mut c.limits);
+        configure(c);
     });
     world.upkeep().await;
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -1154,4 +1159,41 @@ async fn run_reads_ring_and_keys_by_itself() {
     assert_eq!(world.deliver("msg_1").await, StatusCode::OK);
     shutdown.cancel();
     task.await.unwrap();
+}
+
+#[tokio::test]
+async fn speaks_tls_with_a_certificate_of_its_own() {
+    let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (certificate, key) = (folder.path().join("tls.crt"), folder.path().join("tls.key"));
+    std::fs::write(&certificate, made.cert.pem()).unwrap();
+    std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+    let served = serve(|c| c.tls = Some(Arc::new(Tls::load(certificate, key).unwrap()))).await;
+
+    let root = reqwest::Certificate::from_pem(made.cert.pem().as_bytes()).unwrap();
+    let client = reqwest::Client::builder().tls_certs_only([root]).build().unwrap();
+    let timestamp = served.world.now().as_second().to_string();
+    let url = format!("https://localhost:{}{}", served.address.port(), served.world.path());
+    let answer = client
+        .post(url)
+        .header("webhook-id", "msg_tls")
+        .header("webhook-timestamp", &timestamp)
+        .header("webhook-signature", sign_v1a(1, "msg_tls", &timestamp, BODY))
+        .body(BODY)
+        .send()
+        .await
+        .unwrap();
+    assert_eq!((answer.status(), answer.version()), (StatusCode::OK, http::Version::HTTP_11));
+
+    // Plain HTTP gets nothing, and a silent socket does not stay.
+    let plain = served.exchange(&served.good("msg_plain", "")).await;
+    assert!(!plain.contains("HTTP/1.1"), "{plain}");
+    assert_eq!(closed(&mut served.connect().await).await, "");
+    let metrics = served.world.metrics();
+    for reason in ["tls_handshake", "tls_timeout"] {
+        let line = format!("receiver_connections_rejected_total{{reason=\"{reason}\"}} 1");
+        assert!(metrics.contains(&line), "{line}: {metrics}");
+    }
+    served.shutdown.cancel();
+    served.task.await.unwrap();
 }

@@ -117,3 +117,79 @@ fn read(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, TlsError> {
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(Arc::new(config))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// A self-signed certificate and its key, in PEM.
+    fn pair() -> (String, String) {
+        let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+        (made.cert.pem(), made.signing_key.serialize_pem())
+    }
+
+    /// What kubelet makes of a Secret: files behind two symbolic links, of which the first one is swapped.
+    struct Mounted(tempfile::TempDir);
+
+    impl Mounted {
+        fn new() -> Self {
+            let mounted = Self(tempfile::tempdir().unwrap());
+            mounted.swap("first", &pair());
+            for file in ["tls.crt", "tls.key"] {
+                symlink(format!("..data/{file}"), mounted.0.path().join(file)).unwrap();
+            }
+            mounted
+        }
+
+        fn swap(&self, version: &str, (certificate, key): &(String, String)) {
+            let folder = self.0.path().join(version);
+            std::fs::create_dir(&folder).unwrap();
+            std::fs::write(folder.join("tls.crt"), certificate).unwrap();
+            std::fs::write(folder.join("tls.key"), key).unwrap();
+            let link = self.0.path().join("..new");
+            symlink(version, &link).unwrap();
+            std::fs::rename(link, self.0.path().join("..data")).unwrap();
+        }
+
+        fn load(&self) -> Result<Tls, TlsError> {
+            Tls::load(self.0.path().join("tls.crt"), self.0.path().join("tls.key"))
+        }
+    }
+
+    #[test]
+    fn a_swapped_secret_is_read_again_and_a_broken_one_is_not_used() {
+        let mounted = Mounted::new();
+        let tls = mounted.load().unwrap();
+        assert!(!tls.reload(), "nothing has changed");
+        mounted.swap("second", &pair());
+        assert!(tls.reload());
+        assert!(!tls.reload());
+        let before = Arc::clone(&tls.current.read().unwrap().config);
+        for (i, broken) in [
+            (String::new(), pair().1),
+            (pair().0, "no key".to_owned()),
+            (pair().0, pair().1), // of two pairs
+        ]
+        .iter()
+        .enumerate()
+        {
+            mounted.swap(&format!("broken-{i}"), broken);
+            assert!(!tls.reload());
+            assert!(Arc::ptr_eq(&before, &tls.current.read().unwrap().config), "the old one serves on");
+        }
+        mounted.swap("third", &pair());
+        assert!(tls.reload());
+    }
+
+    #[test]
+    fn files_that_cannot_be_used_are_named_and_not_quoted() {
+        let mounted = Mounted::new();
+        let missing = Tls::load("/nowhere/tls.crt".into(), "/nowhere/tls.key".into()).unwrap_err();
+        assert!(missing.to_string().contains("/nowhere/tls.crt can't be used"), "{missing}");
+        mounted.swap("other", &(pair().0, pair().1));
+        let unfit = mounted.load().unwrap_err().to_string();
+        assert!(unfit.contains("can't be used together") && !unfit.contains("PRIVATE"), "{unfit}");
+    }
+}

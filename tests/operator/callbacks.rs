@@ -284,6 +284,34 @@ async fn a_key_endpoint_that_is_down_loses_no_callback() {
     assert!(env.sim.deliveries().iter().all(|d| d.status == Some(200)));
 }
 
+/// A callback after the end that says otherwise: Gemini is asked once, it is said, and the end stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_contradiction_after_the_end_is_looked_into_and_said() {
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=86400"]).await;
+    env.operator().await;
+    let batch = running(&env, "job").await;
+    env.sim.finish(&batch.name, Outcome::Failed);
+    let before = env.cleaned("job").await;
+    let gets = env.count(Op::BatchGet);
+    for (id, type_) in [("msg_same", "batch.failed"), ("msg_other", "batch.succeeded")] {
+        assert_eq!(env.sim.post_signed(&batch.uris[0], id, &event(type_, &batch)).await, Some(200));
+    }
+    let observed = |j: &GeminiBatchJob| {
+        j.status.as_ref().unwrap().attempts[0].observed_hint.as_deref() == Some("msg_other")
+    };
+    let after = env.until("job", "told of the contradiction", observed).await;
+    assert_eq!((state(&after), ready(&after)), (state(&before), ready(&before)));
+    assert_eq!(after.status.unwrap().completion_time, before.status.unwrap().completion_time);
+    assert_eq!(env.count(Op::BatchGet), gets + 1, "the one that says the same is no reason to ask");
+    let events =
+        crate::harness::kubectl(&env, &["get", "events", "-o", "jsonpath={.items[*].message}"]).unwrap();
+    assert!(
+        events.contains("a callback said batch.succeeded") && events.contains("Gemini still says FAILED"),
+        "{events}"
+    );
+    assert!(env.metrics().await.contains("gemini_batch_callback_contradictions_total 1"));
+}
+
 /// A hint that was early is told apart from one that led to the end.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hint_that_waits_is_told_from_one_that_was_acted_on() {

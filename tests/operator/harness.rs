@@ -302,6 +302,10 @@ impl Env {
         Process { child: command.spawn().unwrap(), log }
     }
 
+    pub fn kubeconfig(&self) -> &Path {
+        &self.cluster.kubeconfig
+    }
+
     pub fn jobs(&self) -> Api<GeminiBatchJob> {
         Api::namespaced(self.client.clone(), &self.namespace)
     }

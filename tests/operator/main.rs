@@ -15,6 +15,7 @@ mod callbacks;
 mod crashes;
 mod endings;
 mod harness;
+mod keys;
 mod kubectl;
 mod main_job;
 mod outages;
