@@ -30,20 +30,20 @@ const REREAD: SignedDuration = SignedDuration::from_mins(1);
 #[derive(Debug, thiserror::Error)]
 pub enum RingError {
     /// The API server refused or did not answer.
-    #[error("the key ring in Secret {secret} can't be had: {source}")]
+    #[error("the key ring in Secret {secret} can't be had: {cause}")]
     Kubernetes {
         /// Name of the Secret.
         secret: String,
         /// What the API server said.
-        source: kube::Error,
+        cause: kube::Error,
     },
     /// The Secret holds something else.
-    #[error("Secret {secret} does not hold a key ring under {SECRET_KEY}: {source}")]
+    #[error("Secret {secret} does not hold a key ring under {SECRET_KEY}: {cause}")]
     Content {
         /// Name of the Secret.
         secret: String,
         /// What is wrong.
-        source: KeyRingError,
+        cause: KeyRingError,
     },
     /// The cluster id given is not the one of the ring.
     #[error(
@@ -72,12 +72,12 @@ pub enum RingError {
         jobs: usize,
     },
     /// A rotation that can't be.
-    #[error("the key ring in Secret {secret} can't be rotated: {source}")]
+    #[error("the key ring in Secret {secret} can't be rotated: {cause}")]
     Rotation {
         /// Name of the Secret.
         secret: String,
         /// Why.
-        source: KeyRingError,
+        cause: KeyRingError,
     },
     /// There is nothing to rotate.
     #[error(
@@ -107,7 +107,7 @@ pub struct Place {
 /// The ring that is there, or a new one. If another replica was faster, theirs.
 pub async fn ensure(client: &Client, place: &Place, now: Timestamp) -> Result<KeyRing, RingError> {
     let secret = place.secret.as_str();
-    let failed = |source| RingError::Kubernetes { secret: secret.to_owned(), source };
+    let failed = |cause| RingError::Kubernetes { secret: secret.to_owned(), cause };
     let secrets: Api<Secret> = Api::namespaced(client.clone(), &place.namespace);
     let ring = if let Some(there) = secrets.get_opt(secret).await.map_err(failed)? {
         parse(secret, &there)?
@@ -121,7 +121,7 @@ pub async fn ensure(client: &Client, place: &Place, now: Timestamp) -> Result<Ke
             None => kube_system_uid(client).await.map_err(failed)?,
         };
         let ring = KeyRing::generate(&id, now)
-            .map_err(|source| RingError::Content { secret: secret.to_owned(), source })?;
+            .map_err(|cause| RingError::Content { secret: secret.to_owned(), cause })?;
         match secrets.create(&post(), &object(&place.namespace, secret, &ring)).await {
             Ok(_) => {
                 tracing::info!(secret, "created the key ring");
@@ -169,7 +169,7 @@ pub async fn rotate(
     secret: &str,
     now: Timestamp,
 ) -> Result<String, RingError> {
-    let failed = |source| RingError::Kubernetes { secret: secret.to_owned(), source };
+    let failed = |cause| RingError::Kubernetes { secret: secret.to_owned(), cause };
     let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
     loop {
         let there = secrets.get_opt(secret).await.map_err(failed)?;
@@ -177,7 +177,7 @@ pub async fn rotate(
         let mut ring = parse(secret, &there)?;
         let id = match ring.rotate(now) {
             Ok(key) => key.id.clone(),
-            Err(source) => return Err(RingError::Rotation { secret: secret.to_owned(), source }),
+            Err(cause) => return Err(RingError::Rotation { secret: secret.to_owned(), cause }),
         };
         match replace(&secrets, &there, &ring).await {
             Ok(()) => return Ok(id),
@@ -203,7 +203,7 @@ pub async fn keep_current(ctx: Arc<Context>, place: Place, store: Store<Guarded>
 
 async fn once(ctx: &Context, place: &Place, store: &Store<Guarded>) -> Result<(), RingError> {
     let secret = place.secret.as_str();
-    let failed = |source| RingError::Kubernetes { secret: secret.to_owned(), source };
+    let failed = |cause| RingError::Kubernetes { secret: secret.to_owned(), cause };
     let secrets: Api<Secret> = Api::namespaced(ctx.client.clone(), &place.namespace);
     let Some(there) = secrets.get_opt(secret).await.map_err(failed)? else {
         alarm(ctx, place).await;
@@ -272,7 +272,7 @@ async fn replace(secrets: &Api<Secret>, there: &Secret, ring: &KeyRing) -> Resul
 
 fn parse(secret: &str, there: &Secret) -> Result<KeyRing, RingError> {
     let bytes = there.data.as_ref().and_then(|d| d.get(SECRET_KEY)).map_or(&[][..], |b| &b.0[..]);
-    KeyRing::parse(bytes).map_err(|source| RingError::Content { secret: secret.to_owned(), source })
+    KeyRing::parse(bytes).map_err(|cause| RingError::Content { secret: secret.to_owned(), cause })
 }
 
 async fn kube_system_uid(client: &Client) -> Result<String, kube::Error> {

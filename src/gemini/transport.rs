@@ -72,7 +72,7 @@ pub enum ClientConfigError {
     #[error("the version of the Gemini API must be like v1beta")]
     Version,
     /// TLS could not be set up.
-    #[error("the HTTP client could not be set up: {0}")]
+    #[error("the HTTP client could not be set up")]
     Http(#[from] reqwest::Error),
 }
 

@@ -18,22 +18,22 @@ use tracing::{info, warn};
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// A file can't be read, or holds something else.
-    #[error("{file} can't be used: {source}", file = file.display())]
+    #[error("{file} can't be used: {cause}", file = file.display())]
     File {
         /// Which one.
         file: PathBuf,
         /// Why.
-        source: rustls_pki_types::pem::Error,
+        cause: rustls_pki_types::pem::Error,
     },
     /// The files do not fit each other, or not our TLS library.
-    #[error("{certificate} and {key} can't be used together: {source}", certificate = certificate.display(), key = key.display())]
+    #[error("{certificate} and {key} can't be used together: {cause}", certificate = certificate.display(), key = key.display())]
     Pair {
         /// The certificate's file.
         certificate: PathBuf,
         /// The key's file.
         key: PathBuf,
         /// Why.
-        source: rustls::Error,
+        cause: rustls::Error,
     },
 }
 
@@ -101,13 +101,13 @@ fn hash_of(certificate: &Path, key: &Path) -> [u8; 32] {
 fn read(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, TlsError> {
     let failed = |file: &Path| {
         let file = file.to_owned();
-        move |source| TlsError::File { file, source }
+        move |cause| TlsError::File { file, cause }
     };
     let chain = CertificateDer::pem_file_iter(certificate)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
         .map_err(failed(certificate))?;
     let private = PrivateKeyDer::from_pem_file(key).map_err(failed(key))?;
-    let pair = |source| TlsError::Pair { certificate: certificate.to_owned(), key: key.to_owned(), source };
+    let pair = |cause| TlsError::Pair { certificate: certificate.to_owned(), key: key.to_owned(), cause };
     let mut config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
         .with_safe_default_protocol_versions()
         .map_err(pair)?
