@@ -202,4 +202,8 @@ async fn no_key_and_no_prompt_is_shown_anywhere() {
     assert!(metrics.contains("gemini_batch_callbacks_total{outcome=\"accepted\""), "{metrics}");
     shown += &metrics;
     assert!(!shown.contains("CANARY"), "{shown}");
+    for uri in env.sim.batches().iter().flat_map(|b| &b.uris) {
+        let token = uri.rsplit('/').next().unwrap();
+        assert!(!shown.contains(token), "the token of a callback URL is shown");
+    }
 }

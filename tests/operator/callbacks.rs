@@ -76,6 +76,48 @@ async fn a_delivery_older_than_the_window_is_refused() {
     assert!(env.jobs().get("job").await.unwrap().status.unwrap().callback.is_none());
 }
 
+/// The same bytes again: on the same receiver, on another replica, on one that was started anew, after the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_anywhere_changes_nothing() {
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=86400"]).await;
+    env.operator().await;
+    let batch = running(&env, "job").await;
+    let body = event("batch.succeeded", &batch);
+    let (listen, elsewhere) = env.another_receiver(&batch.uris[0]);
+    let replica = env.spawn_with(None, &["--role=receiver", &listen, "--admin-listen=127.0.0.1:0"]);
+    let start = Instant::now();
+    while env.sim.post_signed(&elsewhere, "msg_1", &body).await != Some(200) {
+        assert!(start.elapsed() < PATIENCE, "the replica does not take callbacks: {}", replica.log());
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(env.sim.post_signed(&batch.uris[0], "msg_1", &body).await, Some(200));
+    let observed = |j: &GeminiBatchJob| {
+        j.status.as_ref().is_some_and(|s| s.attempts[0].observed_hint.as_deref() == Some("msg_1"))
+    };
+    env.until("job", "done looking", observed).await;
+    let gets = env.count(Op::BatchGet);
+    for uri in [&batch.uris[0], &elsewhere] {
+        assert_eq!(env.sim.post_signed(uri, "msg_1", &body).await, Some(200));
+    }
+    assert_eq!(state(&env.jobs().get("job").await.unwrap()), "Running");
+    assert_eq!(env.count(Op::BatchGet), gets, "what was acted on is no reason to ask again");
+
+    env.sim.finish(&batch.name, Outcome::Failed);
+    let end = env.cleaned("job").await;
+    drop(replica);
+    let _anew = env.spawn_with(None, &["--role=receiver", &listen, "--admin-listen=127.0.0.1:0"]);
+    let start = Instant::now();
+    while env.sim.post_signed(&elsewhere, "msg_1", &body).await != Some(200) {
+        assert!(start.elapsed() < PATIENCE, "the replica does not come back");
+        tokio::task::yield_now().await;
+    }
+    let after = env.jobs().get("job").await.unwrap();
+    let (mut before, mut after) = (end.status.unwrap(), after.status.unwrap());
+    (before.callback, after.callback) = (None, None);
+    before.attempts[0].observed_hint.clone_from(&after.attempts[0].observed_hint); // if it was said already
+    assert_eq!(before, after);
+}
+
 /// Every order of two deliveries each of three contradicting events: 6!/(2!·2!·2!) of them.
 fn orders() -> Vec<Vec<usize>> {
     fn extend(order: &mut Vec<usize>, left: &mut [usize; 3], all: &mut Vec<Vec<usize>>) {

@@ -302,6 +302,12 @@ impl Env {
         Process { child: command.spawn().unwrap(), log }
     }
 
+    /// A `--listen` flag of its own for one more receiver, and what a callback URL is there.
+    pub fn another_receiver(&self, uri: &str) -> (String, String) {
+        let port = free_port();
+        (format!("--listen=127.0.0.1:{port}"), uri.replace(&format!(":{}/", self.port), &format!(":{port}/")))
+    }
+
     pub fn kubeconfig(&self) -> &Path {
         &self.cluster.kubeconfig
     }
