@@ -153,7 +153,7 @@ async fn in_all_ninety_orders_what_get_says_last_is_the_end() {
     env.operator().await;
     let orders = orders();
     assert_eq!(orders.len(), 90);
-    let transitions = watch_ends(&env).await;
+    let transitions = watch_ends(&env);
 
     for chunk in (0..orders.len()).collect::<Vec<_>>().chunks(15) {
         let work = chunk.iter().map(|i| {
@@ -185,7 +185,7 @@ async fn in_all_ninety_orders_what_get_says_last_is_the_end() {
 }
 
 /// How often each job was seen to become finished, or to change its end.
-async fn watch_ends(env: &Env) -> Arc<Mutex<HashMap<String, usize>>> {
+fn watch_ends(env: &Env) -> Arc<Mutex<HashMap<String, usize>>> {
     let seen: Arc<Mutex<HashMap<String, usize>>> = Arc::default();
     let (jobs, counts) = (env.jobs(), Arc::clone(&seen));
     let mut last: HashMap<String, Value> = HashMap::new();

@@ -266,11 +266,7 @@ impl Env {
             unreachable!("the arguments say run")
         };
         let args: RunArgs = *args;
-        // For whoever looks into a test: GBO_TEST_LOG=debug.
-        static LOG: Once = Once::new();
-        if let Ok(level) = std::env::var("GBO_TEST_LOG") {
-            LOG.call_once(|| telemetry::init(&level, telemetry::LogFormat::Text).unwrap());
-        }
+        start_logging();
         let config = kube_config(&self.cluster.kubeconfig).await;
         let mut parts = process::start(&args, config, timings, &self.stop).await.unwrap();
         tokio::spawn(async move { while parts.join_next().await.is_some() {} });
@@ -440,6 +436,14 @@ impl Env {
 impl Drop for Env {
     fn drop(&mut self) {
         self.stop.cancel();
+    }
+}
+
+/// For whoever looks into a test: `GBO_TEST_LOG=debug`.
+fn start_logging() {
+    static LOG: Once = Once::new();
+    if let Ok(level) = std::env::var("GBO_TEST_LOG") {
+        LOG.call_once(|| telemetry::init(&level, telemetry::LogFormat::Text).unwrap());
     }
 }
 

@@ -53,8 +53,8 @@ async fn grow_old(env: &Env) {
 
 async fn until_keys(env: &Env, what: &str, wanted: impl Fn(&[String]) -> bool) {
     let condition = |secret: Option<&Secret>| secret.is_some_and(|s| wanted(&key_ids(s)));
-    let waited = tokio::time::timeout(PATIENCE, await_condition(secrets(env), SECRET, condition)).await;
-    assert!(waited.is_ok(), "the ring did not become {what}");
+    let change = tokio::time::timeout(PATIENCE, await_condition(secrets(env), SECRET, condition)).await;
+    assert!(change.is_ok(), "the ring did not become {what}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
