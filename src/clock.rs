@@ -52,6 +52,12 @@ impl Clock {
         Duration::try_from(duration).unwrap_or_default().div_f64(self.factor)
     }
 
+    /// The same for a plain duration.
+    #[must_use]
+    pub fn real_of(&self, duration: Duration) -> Duration {
+        duration.div_f64(self.factor)
+    }
+
     /// How long to wait on the wall clock until this one shows `time`.
     #[must_use]
     pub fn until(&self, time: Timestamp) -> Duration {

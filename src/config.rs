@@ -179,6 +179,26 @@ pub struct RunArgs {
     #[arg(long, env = "GBO_SWEEP_SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..))]
     pub sweep_seconds: u32,
 
+    /// Lease in the operator's namespace by which one of several controllers is elected.
+    #[arg(long, env = "GBO_LEASE_NAME", default_value = "gemini-batch-operator")]
+    pub lease_name: String,
+
+    /// Who this process is in the election. Default: the name of the pod (or host) and a random suffix.
+    #[arg(long, env = "GBO_LEASE_IDENTITY")]
+    pub lease_identity: Option<String>,
+
+    /// Seconds without a renewal after which another controller may take over.
+    #[arg(long, env = "GBO_LEASE_SECONDS", default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..))]
+    pub lease_seconds: u32,
+
+    /// Seconds without a renewal of its own after which a controller stops leading. Less than --lease-seconds.
+    #[arg(long, env = "GBO_LEASE_RENEW_DEADLINE_SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    pub lease_renew_deadline_seconds: u32,
+
+    /// Seconds between renewals, and between looks at a lease that another controller holds.
+    #[arg(long, env = "GBO_LEASE_RETRY_SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    pub lease_retry_seconds: u32,
+
     /// Log level, for example info, debug, or `warn,gemini_batch_operator=debug`.
     #[arg(long, env = "GBO_LOG_LEVEL", default_value = "info")]
     pub log_level: String,
@@ -222,6 +242,12 @@ pub enum ConfigError {
     /// It has parts that can't be kept.
     #[error("--external-url must not have a query, a fragment or a user name")]
     ExternalUrlParts,
+    /// Timings of the election under which two could lead at once, or none for long.
+    #[error(
+        "--lease-retry-seconds must be less than --lease-renew-deadline-seconds, and that less than \
+         --lease-seconds: else two controllers could lead at once"
+    )]
+    LeaseTimings,
     /// A clock that stands still or runs backwards.
     #[error("--clock-factor must be a number above 0")]
     ClockFactor,
@@ -232,6 +258,10 @@ impl RunArgs {
     pub fn check(&self) -> Result<(), ConfigError> {
         if !(self.clock_factor.is_finite() && self.clock_factor > 0.0) {
             return Err(ConfigError::ClockFactor);
+        }
+        let (retry, deadline) = (self.lease_retry_seconds, self.lease_renew_deadline_seconds);
+        if retry >= deadline || deadline >= self.lease_seconds {
+            return Err(ConfigError::LeaseTimings);
         }
         let url = self.external_url.as_ref().ok_or(ConfigError::NoExternalUrl)?;
         if url.scheme() != "https" && !(url.scheme() == "http" && self.allow_insecure_callbacks) {
@@ -279,6 +309,10 @@ mod tests {
         );
         assert_eq!(check(&["--external-url", "https://x/prefix"]), Ok(()));
         assert_eq!(check(&["--external-url", "https://x/?a=b"]), Err(ConfigError::ExternalUrlParts));
+        assert_eq!(
+            check(&["--external-url", "https://x", "--lease-seconds", "10"]),
+            Err(ConfigError::LeaseTimings)
+        );
         assert_eq!(
             check(&["--external-url", "https://x", "--clock-factor", "0"]),
             Err(ConfigError::ClockFactor)

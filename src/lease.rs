@@ -133,7 +133,9 @@ impl Elector {
             match self.attempt().await {
                 Ok(Tried::Ours) => return,
                 Ok(Tried::Theirs) => {}
-                Err(error) => tracing::warn!(%error, lease = self.config.name, "the lease could not be taken"),
+                Err(error) => {
+                    tracing::warn!(%error, lease = self.config.name, "the lease could not be taken")
+                }
             }
             tokio::time::sleep(self.pause()).await;
         }
@@ -165,7 +167,9 @@ impl Elector {
                     self.leadership.set(None);
                     return turn.cancel();
                 }
-                Ok(Err(error)) => tracing::warn!(%error, lease = self.config.name, "the lease could not be renewed"),
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, lease = self.config.name, "the lease could not be renewed")
+                }
                 Err(_) => {} // too late: the next turn of the loop says so
             }
         }

@@ -11,6 +11,7 @@ pub mod config;
 pub mod controller;
 mod crash;
 pub mod gemini;
+pub mod lease;
 pub mod process;
 pub mod receiver;
 pub mod telemetry;

@@ -4,6 +4,7 @@
 //! ends the process with an error: a half-dead operator must not look alive.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use http::HeaderValue;
@@ -11,6 +12,7 @@ use http::header::USER_AGENT;
 use jiff::SignedDuration;
 use kube::Client;
 use kube::runtime::events::{Recorder, Reporter};
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -22,9 +24,11 @@ use crate::admin::{self, Admin};
 use crate::callback::keyring;
 use crate::clock::Clock;
 use crate::config::{RotateKeysArgs, RunArgs};
+use crate::controller::identity::new_send_id;
 use crate::controller::metrics::Metrics;
 use crate::controller::{Timings, ring, run as controller};
 use crate::gemini;
+use crate::lease::{self, Elector};
 use crate::receiver::tls::Tls;
 use crate::receiver::{self, Receiver, Upstreams};
 
@@ -86,6 +90,12 @@ pub async fn start(
         };
         let key_ring = ring::ensure(&client, &place, clock.now()).await?;
         let reporter = Reporter { controller: "gemini-batch-operator".to_owned(), instance: None };
+        let lease = lease_config(args, &namespace);
+        let leads = Gauge::default();
+        registry.register("leader", "1 while this controller leads, 0 while it waits", leads.clone());
+        // Renewals that are tried again behind our back for minutes would be worse than none.
+        let impatient = receiver::hint::kube_client(kube_config.clone())?;
+        let elector = Elector::new(impatient, lease, clock, leads);
         let ctx = Arc::new(controller::Context::new(
             client.clone(),
             gemini_client(args)?,
@@ -98,10 +108,11 @@ pub async fn start(
             Recorder::new(client, reporter),
             args.watch_namespace.clone(),
             Metrics::register(&mut registry),
+            elector.leadership(),
         ));
         let stop = stop.clone();
         parts.spawn(async move {
-            controller::run(ctx, place, stop).await;
+            elector.run(stop, |turn| controller::run(Arc::clone(&ctx), place.clone(), turn)).await;
             Ok(())
         });
     }
@@ -139,6 +150,20 @@ pub async fn start(
     let stop = stop.clone();
     parts.spawn(async move { Ok(admin::serve(listener, Admin { ready, registry }, stop).await?) });
     Ok(parts)
+}
+
+fn lease_config(args: &RunArgs, namespace: &str) -> lease::Config {
+    let seconds = |n: u32| Duration::from_secs(u64::from(n));
+    let host = || std::env::var("HOSTNAME").unwrap_or_else(|_| "gemini-batch-operator".to_owned());
+    lease::Config {
+        namespace: namespace.to_owned(),
+        name: args.lease_name.clone(),
+        // A pod that is started anew is not the one that held the lease before.
+        identity: args.lease_identity.clone().unwrap_or_else(|| format!("{}_{}", host(), new_send_id())),
+        duration: seconds(args.lease_seconds),
+        renew_deadline: seconds(args.lease_renew_deadline_seconds),
+        retry: seconds(args.lease_retry_seconds),
+    }
 }
 
 fn receiver_config(args: &RunArgs, external_url: Url) -> anyhow::Result<receiver::Config> {

@@ -201,6 +201,21 @@ pub async fn keep_current(ctx: Arc<Context>, place: Place, store: Store<Guarded>
     }
 }
 
+/// Reads the ring again: it may have been rotated while somebody else led.
+pub async fn reread(ctx: &Context, place: &Place) -> Result<(), RingError> {
+    let secret = place.secret.as_str();
+    let secrets: Api<Secret> = Api::namespaced(ctx.client.clone(), &place.namespace);
+    let there = secrets
+        .get_opt(secret)
+        .await
+        .map_err(|cause| RingError::Kubernetes { secret: secret.to_owned(), cause })?;
+    // One that is gone is written back at the next turn of `keep_current`.
+    if let Some(there) = there {
+        *ctx.ring.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(parse(secret, &there)?);
+    }
+    Ok(())
+}
+
 async fn once(ctx: &Context, place: &Place, store: &Store<Guarded>) -> Result<(), RingError> {
     let secret = place.secret.as_str();
     let failed = |cause| RingError::Kubernetes { secret: secret.to_owned(), cause };

@@ -34,6 +34,7 @@ use crate::callback::keyring::KeyRing;
 use crate::clock::Clock;
 use crate::crash;
 use crate::gemini;
+use crate::lease::Leadership;
 
 /// A job in the cache; one that can't be read does not stall the others.
 pub type Guarded = DeserializeGuard<GeminiBatchJob>;
@@ -68,6 +69,8 @@ pub struct Context {
     pub namespace: Option<String>,
     /// What is counted.
     pub metrics: Metrics,
+    /// Whether this process may do what only the leader may.
+    pub leadership: Leadership,
     /// What the process remembers of each active job, by UID.
     memories: Mutex<HashMap<String, Memory>>,
     /// Failed calls to the API server in a row, by UID.
@@ -94,6 +97,7 @@ impl Context {
         recorder: Recorder,
         namespace: Option<String>,
         metrics: Metrics,
+        leadership: Leadership,
     ) -> Self {
         Self {
             client,
@@ -107,6 +111,7 @@ impl Context {
             recorder,
             namespace,
             metrics,
+            leadership,
             memories: Mutex::default(),
             failures: Mutex::default(),
             swept: Mutex::default(),
@@ -118,6 +123,15 @@ impl Context {
     #[must_use]
     pub fn ring(&self) -> Arc<KeyRing> {
         Arc::clone(&self.ring.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// A new turn of leadership knows nothing: somebody else may have acted meanwhile.
+    fn forget_all(&self) {
+        lock(&self.memories).clear();
+        lock(&self.failures).clear();
+        lock(&self.swept).clear();
+        lock(&self.hinted).clear();
+        self.metrics.hints_waiting.set(0);
     }
 
     /// Counts the jobs whose last callback waits to be acted on.
@@ -145,6 +159,10 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 /// Watches jobs until the token is cancelled, then lets the work in hand finish. Keeps the key ring current
 /// meanwhile.
 pub async fn run(ctx: Arc<Context>, ring: super::ring::Place, stop: CancellationToken) {
+    ctx.forget_all();
+    if let Err(error) = super::ring::reread(&ctx, &ring).await {
+        tracing::error!(%error, "the key ring could not be read again; the one in memory is used");
+    }
     let (store, writer) = reflector::store::<Guarded>();
     let (poke, poked) = mpsc::unbounded::<ObjectRef<Guarded>>();
     let jobs: Api<Guarded> = match &ctx.namespace {
@@ -224,6 +242,9 @@ pub enum Error {
     /// The API server refused or did not answer.
     #[error("the Kubernetes API server: {0}")]
     Kubernetes(#[from] kube::Error),
+    /// The lease was lost in the midst of the work.
+    #[error("this controller does not lead any more")]
+    NotLeading,
     /// A guard against endless work; a defect of the operator.
     #[error("a job took more than {MAX_STEPS} steps in one go")]
     TooManySteps,
@@ -373,6 +394,10 @@ async fn drive(
         );
         let step_name = decision.name();
         crash::at("before", step_name);
+        // Right before whatever comes: a process that was stopped for a while must not act on old beliefs.
+        if !ctx.leadership.holds() {
+            return Err(Error::NotLeading);
+        }
         match decision {
             Decision::Act(action) => {
                 let step = act::Step {

@@ -3,7 +3,7 @@
 
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, Once, OnceLock};
 use std::time::{Duration, Instant};
@@ -141,12 +141,20 @@ impl Process {
     }
 
     /// Waits until it ends by itself.
-    pub async fn ended(&mut self) {
+    pub async fn ended(&mut self) -> ExitStatus {
         let start = Instant::now();
-        while self.child.try_wait().unwrap().is_none() {
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
             assert!(start.elapsed() < PATIENCE, "the operator did not end: {}", self.log());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     pub fn log(&self) -> String {
@@ -247,6 +255,8 @@ impl Env {
             "--allow-insecure-upstream",
             &format!("--external-url=http://127.0.0.1:{port}"),
             "--allow-insecure-callbacks",
+            // An operator that is started again after a crash need not wait for its own lease to expire.
+            "--lease-identity=operator",
             &format!("--listen=127.0.0.1:{port}"),
             &format!("--admin-listen=127.0.0.1:{}", self.admin_port),
         ]

@@ -17,6 +17,7 @@ mod endings;
 mod harness;
 mod keys;
 mod kubectl;
+mod leader;
 mod main_job;
 mod outages;
 mod rules;
