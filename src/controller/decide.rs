@@ -789,17 +789,31 @@ fn deleting(o: &Observed<'_>, now: Timestamp) -> Decision {
     if let Some(name) = output_name(o.job).filter(|_| !cleanup.output_released) {
         return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
     }
-    let event = cleanup
-        .cancelled
-        .then(|| Problem::new(Reason::Cancelled, "the batch was cancelled because the job is being deleted"));
+    let event = match ended_batch(o) {
+        Some(batch) => Some(ending::deleted_after_end(batch)),
+        None => cleanup.cancelled.then(|| {
+            Problem::new(Reason::Cancelled, "the batch was cancelled because the job is being deleted")
+        }),
+    };
     record(Change::DropFinalizer { event })
+}
+
+/// The batch, if the last GET said that it is over: then there is nothing to cancel.
+fn ended_batch<'a>(o: &'a Observed<'_>) -> Option<&'a Batch> {
+    match &o.memory.remote {
+        Some(Remote::Seen(batch)) if batch.is_terminal() => Some(batch),
+        _ => None,
+    }
 }
 
 /// Takes one step of the clean-up, or says what stands in its way.
 fn clean_up(o: &Observed<'_>, a: &Attempt, action: Action, deadline: Timestamp, now: Timestamp) -> Decision {
     let soon = if after(now, o.timings.recheck) >= deadline { Wake::At(deadline) } else { Wake::Recheck };
     match (&o.credential, &o.memory.cleanup.failed) {
-        (Err(problem), _) => Decision::Wait { say: Some(Box::new(waiting(problem, true))), wake: soon },
+        (Err(problem), _) => {
+            let problem = ending::deleted_without_key(a, problem, deadline);
+            Decision::Wait { say: Some(Box::new(waiting(&problem, true))), wake: soon }
+        }
         (Ok(fingerprint), Some(tries)) if tries.next > now => {
             // The first failure is not worth a write.
             let say = if *fingerprint == a.credential_fingerprint {
@@ -819,7 +833,7 @@ fn stop_batch(o: &Observed<'_>, a: &Attempt) -> Option<Action> {
     if let Some(batch) = cleanup.to_cancel.first() {
         return Some(Action::CancelBatch { batch: batch.clone() });
     }
-    if let Some(batch) = known_batch(o, a).filter(|_| !cleanup.cancelled) {
+    if let Some(batch) = known_batch(o, a).filter(|_| !cleanup.cancelled && ended_batch(o).is_none()) {
         return Some(Action::CancelBatch { batch });
     }
     // Of a send with unknown outcome: list and cancel; then delete the input file, so that a create that

@@ -260,7 +260,14 @@ pub fn refusal_problem(refusal: &Refusal) -> Problem {
                 ),
             );
         }
-        _ => format!("Gemini refused {call} (HTTP {code}); nothing was created, it is tried again"),
+        "InputFileNotFound" => format!(
+            "Gemini did not find what {call} needs (HTTP {code}); nothing was created, it is tried again with a new input \
+             file. If this stays so, see whether spec.model takes batches with this API key"
+        ),
+        _ => format!(
+            "Gemini refused {call} (HTTP {code}); nothing was created, it is tried again. If this stays so, see whether \
+             the API key's project, location and billing allow batches"
+        ),
     };
     let reason = Reason::ALL.into_iter().find(|r| r.as_str() == refusal.reason);
     Problem::new(reason.unwrap_or(Reason::PreconditionFailed), text)
@@ -345,6 +352,35 @@ pub fn contradicted(a: &Attempt, event: &str, seen: Option<&Batch>) -> Problem {
     )
 }
 
+/// The job is being deleted, and there is no key to cancel its batch with.
+#[must_use]
+pub fn deleted_without_key(a: &Attempt, problem: &Problem, deadline: Timestamp) -> Problem {
+    let batch = a.batch_name.as_deref().unwrap_or("its batch");
+    Problem::new(
+        problem.reason,
+        format!(
+            "the job is being deleted, but {batch} can't be cancelled: {}. It is tried until {}; then the job goes, and \
+             the batch may go on at Gemini",
+            problem.message,
+            deadline.strftime("%Y-%m-%dT%H:%M:%SZ")
+        ),
+    )
+}
+
+/// The job was deleted after its batch had ended and before its results were where they should be.
+#[must_use]
+pub fn deleted_after_end(batch: &Batch) -> Problem {
+    let results = if batch.state == BatchState::Succeeded {
+        format!("; its results stay with Gemini for a while, in {}", batch.output_file_or_derived())
+    } else {
+        String::new()
+    };
+    Problem::new(
+        Reason::Deleted,
+        format!("the job was deleted when {} had ended as {}{results}", batch.name, batch.state.as_str()),
+    )
+}
+
 /// The job is being deleted, and Gemini does not do its part yet.
 #[must_use]
 pub fn not_cleaned_up(deadline: Timestamp) -> Problem {
@@ -398,7 +434,7 @@ pub fn refusal_of(call: RefusedCall, error: &Error, job: &GeminiBatchJob) -> Opt
             // Ours expired between two sends: the next one uploads it again.
             None => (Problem::new(Reason::InputFileNotFound, ""), false),
         }
-    } else if call == RefusedCall::Create && error.http_code() == 404 {
+    } else if call == RefusedCall::Create && error.http_code() == 404 && error.hint() == Some(Hint::Model) {
         (
             Problem::new(
                 Reason::ModelNotFound,
@@ -409,7 +445,10 @@ pub fn refusal_of(call: RefusedCall, error: &Error, job: &GeminiBatchJob) -> Opt
             ),
             true,
         )
-    } else if error.is_precondition() || error.http_code() != 400 {
+    } else if call == RefusedCall::Create && error.http_code() == 404 {
+        // A model or a file, it does not say which: the next send uploads the file again.
+        (Problem::new(Reason::InputFileNotFound, ""), false)
+    } else if call == RefusedCall::Upload || error.is_precondition() || error.http_code() != 400 {
         (Problem::new(Reason::PreconditionFailed, ""), false)
     } else {
         (Problem::new(Reason::InputRefused, refused_input(error)), true)
@@ -417,7 +456,7 @@ pub fn refusal_of(call: RefusedCall, error: &Error, job: &GeminiBatchJob) -> Opt
 }
 
 fn refused_input(error: &Error) -> String {
-    let mut text = "Gemini refused the input".to_owned();
+    let mut text = format!("Gemini refused the input (HTTP {})", error.http_code());
     for (index, line) in error.lines().iter().enumerate() {
         let _ = write!(text, "{} line {}: {}", if index == 0 { ":" } else { ";" }, line.line, line.what);
     }

@@ -25,6 +25,7 @@ pub mod report;
 pub mod ring;
 pub mod run;
 pub mod sweep;
+pub mod watched;
 
 use jiff::SignedDuration;
 

@@ -17,7 +17,8 @@ use tokio_util::sync::CancellationToken;
 use super::decide;
 use super::memory::after;
 use super::observe::{self, Credential};
-use super::run::{Context, Guarded};
+use super::run::Context;
+use super::watched::Watched;
 use crate::api::GeminiBatchJob;
 use crate::gemini;
 
@@ -29,8 +30,8 @@ const CLOCK_SKEW: SignedDuration = SignedDuration::from_hours(1);
 /// Sweeps until the token is cancelled.
 pub async fn run(
     ctx: Arc<Context>,
-    store: Store<Guarded>,
-    poke: UnboundedSender<ObjectRef<Guarded>>,
+    store: Store<Watched>,
+    poke: UnboundedSender<ObjectRef<Watched>>,
     stop: CancellationToken,
 ) {
     loop {
@@ -49,14 +50,14 @@ pub async fn run(
 
 /// A job whose batch may have ended without our knowing.
 struct Active {
-    object: ObjectRef<Guarded>,
+    object: ObjectRef<Watched>,
     uid: String,
     batch: Option<String>,
     intent: Timestamp,
 }
 
 /// One sweep; returns how many jobs were woken.
-async fn once(ctx: &Context, store: &Store<Guarded>, poke: &UnboundedSender<ObjectRef<Guarded>>) -> usize {
+async fn once(ctx: &Context, store: &Store<Watched>, poke: &UnboundedSender<ObjectRef<Watched>>) -> usize {
     let mut woken = 0;
     let mut wake = |active: &Active| {
         ctx.sweep(&active.uid);
@@ -76,8 +77,8 @@ async fn once(ctx: &Context, store: &Store<Guarded>, poke: &UnboundedSender<Obje
 }
 
 /// The active jobs of each API key. Jobs that share a Secret share one read of it.
-async fn by_key(ctx: &Context, store: &Store<Guarded>) -> Vec<(Credential, Vec<Active>)> {
-    let mut by_secret: BTreeMap<(String, String, String), Vec<Arc<Guarded>>> = BTreeMap::new();
+async fn by_key(ctx: &Context, store: &Store<Watched>) -> Vec<(Credential, Vec<Active>)> {
+    let mut by_secret: BTreeMap<(String, String, String), Vec<Arc<Watched>>> = BTreeMap::new();
     for object in store.state() {
         let Ok(job) = &object.0 else { continue };
         if !is_active(job) {
@@ -104,7 +105,7 @@ fn is_active(job: &GeminiBatchJob) -> bool {
     !decide::is_finished(job) && decide::current_attempt(job).is_some_and(|a| a.batch_name.is_some())
 }
 
-fn active_of(object: &Guarded) -> Option<Active> {
+fn active_of(object: &Watched) -> Option<Active> {
     let job = object.0.as_ref().ok()?;
     let attempt = decide::current_attempt(job)?;
     Some(Active {

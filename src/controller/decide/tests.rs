@@ -773,7 +773,8 @@ fn deletion_at_every_stage() {
         "all gone": gone(cancelled(running().deleted())) => "DropFinalizer Cancelled";
         "all gone, reserved": gone(cancelled(running().deleted())).output("o") => "ReleaseOutput";
         "their file stays": cancelled(running().gemini_file().deleted()) => "DropFinalizer Cancelled";
-        "ended, not read": ended(BatchState::Succeeded).deleted() => "CancelBatch";
+        "ended, not read: nothing to cancel": ended(BatchState::Succeeded).deleted() => "DeleteInputFile";
+        "ended, file gone": gone(ended(BatchState::Succeeded).deleted()) => "DropFinalizer Deleted";
         "unknown: look for it": sending(unsure(Some(10))).deleted() => "FindToCancel";
         "after a restart": intended().deleted() => "FindToCancel";
         "found": listed(sending(unsure(None)).deleted(), 1).cleanup(|c| c.to_cancel = vec![found]) => "CancelBatch";
