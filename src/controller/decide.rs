@@ -791,6 +791,9 @@ fn deleting(o: &Observed<'_>, now: Timestamp) -> Decision {
     }
     let event = match ended_batch(o) {
         Some(batch) => Some(ending::deleted_after_end(batch)),
+        None if !cleanup.cancelled => {
+            current_attempt(o.job).filter(|a| is_unsure(o, a)).map(ending::deleted_unconfirmed)
+        }
         None => cleanup.cancelled.then(|| {
             Problem::new(Reason::Cancelled, "the batch was cancelled because the job is being deleted")
         }),

@@ -87,9 +87,11 @@ fn verdict(
                  status.output.fileName names it"
                     .to_owned(),
             ),
-            Some(c) if counts.succeeded == 0 => {
-                (State::Failed, Reason::AllRequestsFailed, format!("no request has a response{}", details(c)))
-            }
+            Some(c) if counts.succeeded == 0 => (
+                State::Failed,
+                Reason::AllRequestsFailed,
+                format!("no request has a response{}", details(c, counts)),
+            ),
             Some(c) => {
                 let reason =
                     if counts.failed > 0 { Reason::CompletedWithFailures } else { Reason::Completed };
@@ -100,7 +102,7 @@ fn verdict(
                         counts.succeeded, counts.total
                     ),
                 };
-                (State::Succeeded, reason, message + &details(c))
+                (State::Succeeded, reason, message + &details(c, counts))
             }
         },
         Some(BatchState::Expired) => (
@@ -129,7 +131,7 @@ fn verdict(
 }
 
 /// What is odd about the results, each part only where there is something to say.
-fn details(c: &Collected) -> String {
+fn details(c: &Collected, counts: RequestCounts) -> String {
     let mut text = String::new();
     if !c.failed.is_empty() {
         let named: Vec<String> = c
@@ -153,6 +155,10 @@ fn details(c: &Collected) -> String {
             more(c.missing_keys, named.len())
         );
     }
+    let without = counts.total - c.succeeded_lines - c.failed_lines;
+    if !c.joined && without > 0 {
+        let _ = write!(text, "; {without} without any result, and without the input it can't be told which");
+    }
     for (count, what) in [
         (c.duplicate_lines, "lines repeat a key (the first one counts)"),
         (c.foreign_lines, "lines have a key that was not sent"),
@@ -164,8 +170,8 @@ fn details(c: &Collected) -> String {
     }
     if !c.joined && c.input_changed {
         text.push_str(
-            "; the input was changed after the submission, so the results are stored as they came, not joined \
-             with it",
+            "; the input was changed after the submission, or can't be read any more, so the results are stored as \
+             they came, not joined with it",
         );
     }
     text
@@ -363,6 +369,19 @@ pub fn deleted_without_key(a: &Attempt, problem: &Problem, deadline: Timestamp) 
              the batch may go on at Gemini",
             problem.message,
             deadline.strftime("%Y-%m-%dT%H:%M:%SZ")
+        ),
+    )
+}
+
+/// The job was deleted while nobody knew whether it has a batch.
+#[must_use]
+pub fn deleted_unconfirmed(a: &Attempt) -> Problem {
+    Problem::new(
+        Reason::Deleted,
+        format!(
+            "it was never confirmed that Gemini had created the batch {}: it was looked for twice and not found, and its \
+             input file was deleted in between, so that a creation under way must fail",
+            a.display_name
         ),
     )
 }

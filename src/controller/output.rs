@@ -116,7 +116,7 @@ pub fn manifest(job: &GeminiBatchJob, collected: &Collected, counts: RequestCoun
             "total": counts.total,
             "succeeded": counts.succeeded,
             "failed": collected.failed_lines,
-            "missing": collected.missing_keys,
+            "missing": counts.total - collected.succeeded_lines - collected.failed_lines,
         },
         "joined": collected.joined,
         "unmatchedLines": {

@@ -780,7 +780,7 @@ fn deletion_at_every_stage() {
         "found": listed(sending(unsure(None)).deleted(), 1).cleanup(|c| c.to_cancel = vec![found]) => "CancelBatch";
         "not found: fence": listed(sending(unsure(None)).deleted(), 1) => "DeleteInputFile";
         "fenced: look once more": gone(listed(sending(unsure(None)).deleted(), 1)) => "FindToCancel";
-        "nothing goes on": gone(listed(sending(unsure(None)).deleted(), 2)) => "DropFinalizer";
+        "nothing goes on": gone(listed(sending(unsure(None)).deleted(), 2)) => "DropFinalizer Deleted";
         "their file can't be a fence": listed(sending(unsure(None)).gemini_file().deleted(), 1) => "FindToCancel";
         "finished": finished().deleted() => "DeleteInputFile";
         "finished, deletion changed the generation": gone(finished().deleted()).with(|c| c.job.metadata.generation = Some(2)) => "DropFinalizer";
