@@ -16,6 +16,7 @@ mod crashes;
 mod endings;
 mod harness;
 mod kubectl;
+mod least_privilege;
 mod main_job;
 mod outages;
 mod rules;
