@@ -44,7 +44,7 @@ struct Installed {
     receiver: Account,
 }
 
-/// What somebody can do who holds a ServiceAccount's token and nothing else.
+/// What somebody can do who holds the token of one account and nothing else.
 struct Account {
     user: String,
     kubeconfig: PathBuf,
