@@ -339,6 +339,16 @@ impl Env {
         self.file(&format!("{}.kubeconfig", rand_suffix()), &config.to_string())
     }
 
+    /// The administrator's kubeconfig, acting as somebody else.
+    pub fn kubeconfig_as(&self, user: &str) -> PathBuf {
+        let admin = std::fs::read_to_string(&self.cluster.kubeconfig).unwrap();
+        let mut config: Value = serde_yaml::from_str(&admin).unwrap();
+        for entry in config["users"].as_array_mut().unwrap() {
+            entry["user"]["as"] = json!(user);
+        }
+        self.file(&format!("{}.kubeconfig", rand_suffix()), &config.to_string())
+    }
+
     /// A file of the test's own.
     pub fn file(&self, name: &str, content: &str) -> PathBuf {
         let path = self.dir.path().join(name);
