@@ -13,7 +13,10 @@ use super::collect::Collected;
 use super::decide::Results;
 use super::memory::{Refused, after};
 use crate::api::conditions::cut;
-use crate::api::{Attempt, GeminiBatchJob, OutputStatus, Reason, Refusal, RefusedCall, RequestCounts, State};
+use crate::api::{
+    Attempt, GeminiBatchJob, OutputStatus, RESEND_ANNOTATION, Reason, Refusal, RefusedCall, RequestCounts,
+    State,
+};
 use crate::gemini::{Batch, BatchName, BatchState, Error, Hint};
 
 /// Until then the result file is certain to exist: the shortest life that was ever reported. (Google's
@@ -281,12 +284,25 @@ pub fn refusal_problem(refusal: &Refusal) -> Problem {
 
 /// It is not known whether the batch was created.
 #[must_use]
-pub fn unconfirmed(a: &Attempt) -> Problem {
+pub fn unconfirmed(a: &Attempt, theirs: bool, grace: SignedDuration) -> Problem {
+    let again = if theirs {
+        format!(
+            "Its input is not the operator's to delete, so nothing can make sure that a late creation fails, and it is \
+             not sent again by itself. If you are sure, annotate the job with {RESEND_ANNOTATION}={}",
+            a.send_id
+        )
+    } else {
+        format!(
+            "If it stays unfound for {} minutes, its input file is deleted, so that a late creation must fail, and only \
+             then it is sent again",
+            grace.as_mins()
+        )
+    };
     Problem::new(
         Reason::SubmissionUnconfirmed,
         format!(
             "it is not known whether Gemini created the batch: its answer was lost. It is looked for under the \
-             display name {}, and not sent again, so that it is not paid for twice. To give it up, delete this job",
+             display name {}, so that it is not paid for twice. {again}. To give it up, delete this job",
             a.display_name
         ),
     )

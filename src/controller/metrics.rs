@@ -11,6 +11,10 @@ pub struct Metrics {
     pub hints_waiting: Gauge,
     /// Callbacks that were acted on: Gemini was asked until it confirmed the end, or often enough.
     pub hints_observed: Counter,
+    /// Sends with unknown outcome whose input file was deleted, so that they must fail.
+    pub fenced: Counter,
+    /// Batches that were cancelled because another one is recorded for their attempt.
+    pub duplicates_healed: Counter,
     /// Errors of the watch of jobs.
     pub watch_errors: Counter,
     /// Callbacks that came after the end and said otherwise.
@@ -33,6 +37,16 @@ impl Metrics {
             "callback_hints_observed",
             "Callbacks that were acted on to their end: it was confirmed, or Gemini went on saying that the batch runs",
             m.hints_observed.clone(),
+        );
+        registry.register(
+            "submissions_fenced",
+            "Sends with unknown outcome whose input file was deleted, so that they must fail",
+            m.fenced.clone(),
+        );
+        registry.register(
+            "duplicates_healed",
+            "Batches that were cancelled because another one is recorded for their attempt",
+            m.duplicates_healed.clone(),
         );
         registry.register(
             "watch_errors",
