@@ -30,16 +30,21 @@ up: ## The same as demo, left running to play with until Ctrl-C
 	@$(call run-demo,--keep)
 
 .PHONY: test
-test: toolchain control-plane helm ## Run all tests: unit, property, a real API server, the official Python SDK
+test: toolchain toolchain-sdk control-plane helm ## Run all tests: unit, property, a real API server, the official Python SDK
 	@echo "== Rust tests (unit, property, operator on a real API server, simulator)"
 	export GBO_DEVCLUSTER="$$(hack/devcluster/ensure.sh)" GBO_HELM="$$(hack/helm.sh)"
 	$(CARGO) test --workspace --locked --features crash-points
 	@echo "== Go tests (control plane launcher)"
-	cd hack/devcluster && CGO_ENABLED=0 GOFLAGS=-mod=readonly go test -trimpath ./...
+	devcluster="$$(hack/devcluster/ensure.sh)"
+	cd hack/devcluster
+	export CGO_ENABLED=0 GOFLAGS=-mod=readonly
+	go test -trimpath ./...
+	# Never from Go's cache: it is about processes of this machine.
+	DEVCLUSTER_BIN="$$devcluster" go test -trimpath -count=1 -tags integration ./integration
 	cd "$(CURDIR)" && $(MAKE) test-sdk
 
 .PHONY: test-sdk
-test-sdk: ## The official Python SDK against the simulator
+test-sdk: toolchain-sdk ## The official Python SDK against the simulator
 	@echo "== The official Python SDK against the simulator"
 	$(CARGO) build -p gemini-simulator --locked
 	GBO_SIMULATOR="$(TARGET_DIR)/debug/gemini-simulator" tests/sdk/run.sh
@@ -93,6 +98,11 @@ chart: helm ## Lint the chart and render it: complete, valid and the same each t
 toolchain:
 	@for tool in cargo go python3; do command -v $$tool >/dev/null \
 	  || { echo "$$tool is missing: this project builds with Rust (rustup.rs), Go (go.dev) and Python 3"; exit 1; }; done
+
+# Before anything takes long: what the tests of the SDK need besides.
+.PHONY: toolchain-sdk
+toolchain-sdk:
+	@tests/sdk/run.sh --check-tools
 
 .PHONY: control-plane
 control-plane:

@@ -489,12 +489,10 @@ fn control_api(shared: &Arc<Shared>, method: &Method, path: &str, body: &Bytes) 
                 batch: String,
                 outcome: Outcome,
             }
-            serde_json::from_slice::<Finish>(body)
-                .map(|f| {
-                    shared.finish(&f.batch, f.outcome);
-                    json!("ok")
-                })
-                .map_err(|e| e.to_string())
+            serde_json::from_slice::<Finish>(body).map_err(|e| e.to_string()).and_then(|f| {
+                let none = || format!("there is no unfinished batch {}, see GET /_sim/batches", f.batch);
+                shared.finish(&f.batch, f.outcome).then(|| json!("ok")).ok_or_else(none)
+            })
         }
         _ => Err(format!("no control {method} {path}")),
     };

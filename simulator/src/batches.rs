@@ -505,7 +505,9 @@ async fn run(shared: Arc<Shared>, name: String, plan: Plan) {
     tokio::select! {
         () = shared.stop.cancelled() => {}
         () = work_on(&shared, &name, &plan) => {}
-        () = tokio::time::sleep(shared.pace().real(LONGEST_LIFE)) => shared.finish(&name, Outcome::Expired),
+        () = tokio::time::sleep(shared.pace().real(LONGEST_LIFE)) => {
+            shared.finish(&name, Outcome::Expired);
+        }
     }
 }
 
@@ -539,11 +541,11 @@ async fn work_on(shared: &Arc<Shared>, name: &str, plan: &Plan) {
 
 impl Shared {
     /// Ends a batch, unless it has ended, and tells about it.
-    pub(crate) fn finish(self: &Arc<Self>, name: &str, outcome: Outcome) {
+    pub(crate) fn finish(self: &Arc<Self>, name: &str, outcome: Outcome) -> bool {
         let now = self.now();
         let mut inner = self.lock();
         let lag = inner.switches.output_lag_seconds;
-        let Some(batch) = inner.unfinished(name) else { return };
+        let Some(batch) = inner.unfinished(name) else { return false };
         let plan = Plan::of(&batch.requests);
         let with_output = outcome == Outcome::Succeeded || plan.partial;
         if with_output {
@@ -558,5 +560,6 @@ impl Shared {
         batch.readable_from = Some(self.in_seconds(plan.output_lag_seconds.unwrap_or(lag)));
         drop(inner);
         webhooks::announce(self, name, outcome, &plan);
+        true
     }
 }

@@ -151,9 +151,9 @@ impl Simulator {
         self.shared.lock().switches.clone()
     }
 
-    /// Ends a batch now.
-    pub fn finish(&self, batch: &str, outcome: Outcome) {
-        self.shared.finish(batch, outcome);
+    /// Ends a batch now. `false`: there is none of that name that could still end.
+    pub fn finish(&self, batch: &str, outcome: Outcome) -> bool {
+        self.shared.finish(batch, outcome)
     }
 
     /// Sends a signed event for a batch to a URI of the caller's choice, once.

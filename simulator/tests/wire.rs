@@ -475,7 +475,7 @@ async fn deleting_hides_a_batch_and_may_not_stop_it() {
             let (_, event) = receiver.next().await;
             assert!(name.ends_with(event["data"]["id"].as_str().unwrap()));
         } else {
-            env.sim.finish(&name, Outcome::Succeeded);
+            assert!(!env.sim.finish(&name, Outcome::Succeeded));
             assert_eq!(env.sim.batches()[0].state, "PENDING", "nothing ends it");
         }
     }
@@ -795,7 +795,7 @@ async fn a_webhook_that_fails_for_a_day_is_disabled() {
     let closed = Receiver::new().await.url; // nobody listens any more
     let body = json!({"uri": closed, "subscribed_events": ["batch.failed"]});
     let id = env.call("POST", "v1beta/webhooks", body).await.ok()["id"].as_str().unwrap().to_owned();
-    env.sim.finish(&env.create_inline(STALL).await, Outcome::Failed);
+    assert!(env.sim.finish(&env.create_inline(STALL).await, Outcome::Failed));
     let start = Instant::now();
     loop {
         let state = env.get(&format!("v1beta/webhooks/{id}")).await.ok()["state"].clone();
@@ -818,4 +818,21 @@ async fn switches_over_http() {
     assert_eq!(env.sim.switches(), wanted);
     assert_eq!(env.call("PATCH", "_sim/switches", json!({"typo": true})).await.status, 400);
     assert_eq!(env.sim.switches(), wanted);
+}
+
+#[tokio::test]
+async fn finish_over_http_says_when_there_is_nothing_to_finish() {
+    let env = Env::new().await;
+    let name = env.create_inline(STALL).await;
+    let finish = |name: &str| {
+        let (env, body) = (&env, json!({"batch": name, "outcome": "succeeded"}));
+        async move { env.call("POST", "_sim/finish", body).await }
+    };
+    let unknown = finish("batches/unknown").await;
+    let says = "there is no unfinished batch batches/unknown, see GET /_sim/batches";
+    assert_eq!((unknown.status, unknown.json()["error"].as_str()), (400, Some(says)));
+    assert_eq!(env.sim.batches()[0].state, "PENDING");
+    assert_eq!(finish(&name).await.status, 200);
+    assert_eq!(env.sim.batches()[0].state, "SUCCEEDED");
+    assert_eq!(finish(&name).await.status, 400, "it has ended already");
 }

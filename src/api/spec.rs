@@ -6,7 +6,19 @@ use serde::{Deserialize, Serialize};
 
 use super::status::GeminiBatchJobStatus;
 
-/// One batch of Gemini requests, written by its user and finished by the operator.
+/// What Kubernetes lets objects be called (RFC 1123 subdomain).
+const OBJECT_NAME: &str =
+    r"self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')";
+
+/// One batch of requests to a Gemini model: what to ask, who pays, and where the answers go.
+///
+/// - `model`: the model that answers all requests
+/// - `credentials`: the Secret with the API key that pays
+/// - `input`: the requests, here, in a ConfigMap or in a file at Gemini
+/// - `output`: where the results go; without it they stay with Gemini
+///
+/// `model`, `credentials` and `input` can't be changed once the submission has begun, `output` once the job
+/// has finished.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[kube(
     group = "geminibatch.dev",
@@ -44,7 +56,7 @@ use super::status::GeminiBatchJobStatus;
          self.spec.input == oldSelf.spec.input)"
     )
     .message(
-        "spec.model, spec.credentials and spec.input can't be changed once the job was submitted; \
+        "spec.model, spec.credentials and spec.input of a job can't be changed once its submission has begun; \
          create a new GeminiBatchJob under another name instead"
     )
     .reason(Reason::FieldValueForbidden),
@@ -75,7 +87,7 @@ use super::status::GeminiBatchJobStatus;
 pub struct GeminiBatchJobSpec {
     /// The Gemini model that answers, for example `gemini-2.5-flash`; `models/gemini-2.5-flash` and
     /// `tunedModels/NAME` are accepted too. All requests of a job go to the same model. Can't be changed
-    /// once the job was submitted.
+    /// once the submission has begun.
     #[schemars(length(min = 1, max = 128))]
     #[x_kube(
         validation = Rule::new(r"self.matches('^((models|tunedModels)/)?[A-Za-z0-9][A-Za-z0-9._-]*$')")
@@ -83,12 +95,12 @@ pub struct GeminiBatchJobSpec {
     )]
     pub model: String,
 
-    /// The API key that pays for the batch. Can't be changed once the job was submitted (the Secret's
+    /// The API key that pays for the batch. Can't be changed once the submission has begun (the Secret's
     /// content may be).
     pub credentials: Credentials,
 
-    /// The requests: exactly one of `requests`, `configMap` and `geminiFile`. Can't be changed once the job
-    /// was submitted.
+    /// The requests: exactly one of `requests`, `configMap` and `geminiFile`. Can't be changed once the
+    /// submission has begun.
     pub input: Input,
 
     /// Where the results go. Without it they stay with Gemini: `status.output` names the file and the time
@@ -114,8 +126,10 @@ pub struct SecretKeyRef {
     /// Name of the Secret.
     #[schemars(length(min = 1, max = 253))]
     #[x_kube(
-        validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$')")
-            .message("must be the name of a Secret: lower case letters, digits, '-' and '.'")
+        validation = Rule::new(OBJECT_NAME).message(
+            "must be the name of a Secret: lower case letters, digits, '-' and '.', \
+             with a letter or digit at both ends and on both sides of each '.'"
+        )
     )]
     pub name: String,
     /// The key inside the Secret that holds the API key.
@@ -192,8 +206,10 @@ pub struct ConfigMapKeyRef {
     /// Name of the ConfigMap.
     #[schemars(length(min = 1, max = 253))]
     #[x_kube(
-        validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$')")
-            .message("must be the name of a ConfigMap: lower case letters, digits, '-' and '.'")
+        validation = Rule::new(OBJECT_NAME).message(
+            "must be the name of a ConfigMap: lower case letters, digits, '-' and '.', \
+             with a letter or digit at both ends and on both sides of each '.'"
+        )
     )]
     pub name: String,
     /// The key inside the ConfigMap's `data` or `binaryData`.
@@ -237,8 +253,10 @@ pub struct LocalRef {
     /// Name of the object.
     #[schemars(length(min = 1, max = 253))]
     #[x_kube(
-        validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$')")
-            .message("must be the name of an object: lower case letters, digits, '-' and '.'")
+        validation = Rule::new(OBJECT_NAME).message(
+            "must be the name of an object: lower case letters, digits, '-' and '.', \
+             with a letter or digit at both ends and on both sides of each '.'"
+        )
     )]
     pub name: String,
 }

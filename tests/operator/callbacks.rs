@@ -102,7 +102,7 @@ async fn a_replay_anywhere_changes_nothing() {
     assert_eq!(state(&env.jobs().get("job").await.unwrap()), "Running");
     assert_eq!(env.count(Op::BatchGet), gets, "what was acted on is no reason to ask again");
 
-    env.sim.finish(&batch.name, Outcome::Failed);
+    assert!(env.sim.finish(&batch.name, Outcome::Failed));
     let end = env.cleaned("job").await;
     drop(replica);
     let _anew = env.spawn_with(None, &["--role=receiver", &listen, "--admin-listen=127.0.0.1:0"]);
@@ -166,7 +166,7 @@ async fn in_all_ninety_orders_what_get_says_last_is_the_end() {
                 let change_after = i % 6;
                 for (n, event_index) in order.iter().enumerate() {
                     if n == change_after {
-                        env.sim.finish(&batch.name, outcome); // and its own genuine event comes, in between
+                        assert!(env.sim.finish(&batch.name, outcome)); // and its own genuine event comes, in between
                     }
                     let id = format!("msg_{i}_{event_index}");
                     let status =
@@ -254,7 +254,7 @@ async fn a_flood_of_verified_callbacks_writes_little() {
     let hints = env.audited_writes().into_iter().filter(|(resource, _)| resource == "hints").count() as u64;
     assert!(hints <= allowed, "{hints}");
     // The end is told in the midst of it: put off, retried by the sender, and found.
-    env.sim.finish(&batch.name, Outcome::Succeeded);
+    assert!(env.sim.finish(&batch.name, Outcome::Succeeded));
     assert_eq!(state(&env.finished("job").await), "Succeeded");
 }
 
@@ -281,7 +281,7 @@ async fn nothing_in_a_payload_is_ever_called() {
         let answer = env.sim.post_signed(&batch.uris[0], &format!("msg_{i}"), &body).await;
         assert_eq!(answer, Some(200), "a hint all the same");
     }
-    env.sim.finish(&batch.name, Outcome::Succeeded);
+    assert!(env.sim.finish(&batch.name, Outcome::Succeeded));
     assert_eq!(state(&env.cleaned("job").await), "Succeeded");
     let known = |e: &gemini_simulator::LogEntry| {
         e.op != Op::Unknown && !e.path.contains("..") && !e.path.contains('%')
@@ -332,7 +332,7 @@ async fn a_contradiction_after_the_end_is_looked_into_and_said() {
     let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=86400"]).await;
     env.operator().await;
     let batch = running(&env, "job").await;
-    env.sim.finish(&batch.name, Outcome::Failed);
+    assert!(env.sim.finish(&batch.name, Outcome::Failed));
     let before = env.cleaned("job").await;
     let gets = env.count(Op::BatchGet);
     for (id, type_) in [("msg_same", "batch.failed"), ("msg_other", "batch.succeeded")] {
@@ -373,7 +373,7 @@ async fn a_hint_that_waits_is_told_from_one_that_was_acted_on() {
         tokio::task::yield_now().await;
     }
     assert!(env.metrics().await.contains("gemini_batch_callback_hints_observed_total 1"));
-    env.sim.finish(&batch.name, Outcome::Succeeded);
+    assert!(env.sim.finish(&batch.name, Outcome::Succeeded));
     assert_eq!(state(&env.finished("job").await), "Succeeded");
     env.sim.set(Switches::default());
 }

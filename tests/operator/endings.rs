@@ -118,7 +118,7 @@ async fn an_edited_input_is_counted_and_not_joined() {
     env.create("job", with_input(json!({"configMap": {"name": "in", "key": "x"}}), Some("out"))).await;
     env.until("job", "running", |j| state(j) == "Running").await;
     env.config_map("in", &json!({"x": line("c", "another")})).await;
-    env.sim.finish(&env.sim.batches()[0].name, gemini_simulator::Outcome::Succeeded);
+    assert!(env.sim.finish(&env.sim.batches()[0].name, gemini_simulator::Outcome::Succeeded));
     let job = env.cleaned("job").await;
     assert_eq!((state(&job), counts(&job)), ("Succeeded", (2, 2, 0)));
     assert!(ready(&job).2.contains("the input was changed after the submission"), "{}", ready(&job).2);

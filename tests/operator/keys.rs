@@ -92,7 +92,7 @@ async fn a_rotated_ring_serves_old_jobs_and_new_ones_and_old_keys_go() {
         n += 1;
     }
     for batch in env.sim.batches() {
-        env.sim.finish(&batch.name, Outcome::Succeeded);
+        assert!(env.sim.finish(&batch.name, Outcome::Succeeded));
     }
     assert_eq!(state(&env.cleaned("old").await), "Succeeded", "the old key verifies on");
     assert_eq!(state(&env.cleaned(&format!("new-{n}")).await), "Succeeded");
@@ -129,7 +129,7 @@ async fn a_ring_that_is_deleted_under_a_running_operator_is_written_back_and_sai
         .collect();
     assert_eq!(names, [SECRET]);
     assert!(env.metrics().await.contains("gemini_batch_callback_keyring_restored_total 1"));
-    env.sim.finish(&env.sim.batches()[0].name, Outcome::Succeeded);
+    assert!(env.sim.finish(&env.sim.batches()[0].name, Outcome::Succeeded));
     assert_eq!(state(&env.cleaned("job").await), "Succeeded");
 }
 
@@ -148,7 +148,7 @@ async fn a_ring_that_is_gone_when_the_operator_starts_is_not_made_anew_while_job
     // The administrator has no backup, and says so. The callback is refused, the sweep finds the end.
     let _third = env.spawn_with(None, &["--recreate-key-ring", "--sweep-seconds=1"]);
     until_keys(&env, "there", |ids| ids.len() == 1).await;
-    env.sim.finish(&env.sim.batches()[0].name, Outcome::Succeeded);
+    assert!(env.sim.finish(&env.sim.batches()[0].name, Outcome::Succeeded));
     assert_eq!(state(&env.cleaned("job").await), "Succeeded");
     assert!(env.sim.deliveries().iter().all(|d| d.status != Some(200)));
 }

@@ -30,7 +30,7 @@ async fn outage(factor: f64, simulated: jiff::SignedDuration, switches: Switches
     cluster.ctl("stop", "kube-apiserver");
     let start = env.sim.now();
     for batch in env.sim.batches() {
-        env.sim.finish(&batch.name, Outcome::Succeeded);
+        assert!(env.sim.finish(&batch.name, Outcome::Succeeded));
     }
     while env.sim.now().duration_since(start) < simulated {
         tokio::time::sleep(std::time::Duration::from_millis(50)).await; // the outage itself

@@ -67,11 +67,105 @@ async fn specs_are_accepted_and_refused() {
         (requests(json!([{"key": "", "prompt": "x"}])), "should be at least 1 chars long"),
     ];
     for (i, (spec, says)) in refused.into_iter().enumerate() {
-        let body = json!({"apiVersion": "geminibatch.dev/v1alpha1", "kind": "GeminiBatchJob",
-            "metadata": {"name": format!("bad-{i}")}, "spec": spec});
-        let error = apply(&env, &format!("bad-{i}"), &body).await.unwrap_err();
+        let error = apply_spec(&env, &format!("bad-{i}"), &spec).await.unwrap_err();
         assert!(error.contains(says), "{says}: {error}");
     }
+}
+
+/// Every size limit from both sides, and every pattern: a value that just passes and one that just does not.
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_and_patterns_are_where_they_are_said_to_be() {
+    let env = Env::new().await;
+    let model = |text: String| changed(|s| s["model"] = json!(text));
+    let secret = |name: String| changed(|s| s["credentials"]["secretRef"]["name"] = json!(name));
+    let secret_key = |key: String| changed(|s| s["credentials"]["secretRef"]["key"] = json!(key));
+    let requests = |list: Vec<Value>| changed(|s| s["input"] = json!({ "requests": list }));
+    let request = |key: String, prompt: String| requests(vec![json!({"key": key, "prompt": prompt})]);
+    let many = |n: usize| requests((0..n).map(|i| json!({"key": format!("k{i}"), "prompt": "x"})).collect());
+    let map = |name: String, key: String| {
+        changed(|s| s["input"] = json!({"configMap": {"name": name, "key": key}}))
+    };
+    let file = |name: String| changed(|s| s["input"] = json!({"geminiFile": {"name": name}}));
+    let output = |name: String| changed(|s| s["output"]["configMap"]["name"] = json!(name));
+    let a = |n: usize| "a".repeat(n);
+
+    let long = |max: usize| format!("may not be more than {max} bytes");
+    let short = "should be at least 1 chars long".to_owned();
+    let mut pairs = vec![
+        ("spec.model", model(a(128)), model(a(129)), long(128)),
+        ("spec.model", model(a(1)), model(a(0)), short.clone()),
+        ("secretRef.name", secret(a(253)), secret(a(254)), long(253)),
+        ("secretRef.name", secret(a(1)), secret(a(0)), short.clone()),
+        ("secretRef.key", secret_key(a(253)), secret_key(a(254)), long(253)),
+        ("secretRef.key", secret_key(a(1)), secret_key(a(0)), short.clone()),
+        ("spec.input.requests", many(1000), many(1001), "must have at most 1000 items".to_owned()),
+        ("requests[0].key", request(a(256), a(1)), request(a(257), a(1)), long(256)),
+        ("requests[0].key", request(a(1), a(1)), request(a(0), a(1)), short.clone()),
+        ("requests[0].prompt", request(a(1), a(262_144)), request(a(1), a(262_145)), long(262_144)),
+        ("requests[0].prompt", request(a(1), a(1)), request(a(1), a(0)), short.clone()),
+        ("configMap.name", map(a(253), a(1)), map(a(254), a(1)), long(253)),
+        ("configMap.name", map(a(1), a(1)), map(a(0), a(1)), short.clone()),
+        ("configMap.key", map(a(1), a(253)), map(a(1), a(254)), long(253)),
+        ("configMap.key", map(a(1), a(1)), map(a(1), a(0)), short.clone()),
+        ("geminiFile.name", file(format!("files/{}", a(40))), file(format!("files/{}", a(41))), long(46)),
+        (
+            "geminiFile.name",
+            file("files/a".into()),
+            file("files/".into()),
+            "at least 7 chars long".to_owned(),
+        ),
+        ("output.configMap.name", output(a(253)), output(a(254)), long(253)),
+        ("output.configMap.name", output(a(1)), output(a(0)), short),
+    ];
+    for (good, bad) in [
+        ("gemini-2.5_x", "gemini 2"),
+        ("models/x", "other/x"),
+        ("tunedModels/x", "models/x/y"),
+        ("X", ".x"),
+        ("0", "models/"),
+    ] {
+        let says = "must be the name of a Gemini model".to_owned();
+        pairs.push(("spec.model", model(good.into()), model(bad.into()), says));
+    }
+    for (good, bad) in [
+        ("a.b", "a..b"),
+        ("a-b.c-d", "a.-b"),
+        ("a--b", "a-.b"),
+        ("0", "-a"),
+        ("a0", "a."),
+        ("a", "A"),
+        ("b", "a_b"),
+    ] {
+        let says =
+            |what: &str| format!("must be the name of {what}: lower case letters, digits, '-' and '.'");
+        let (good, bad) = (|| good.to_owned(), || bad.to_owned());
+        pairs.push(("secretRef.name", secret(good()), secret(bad()), says("a Secret")));
+        pairs.push(("configMap.name", map(good(), a(1)), map(bad(), a(1)), says("a ConfigMap")));
+        pairs.push(("output.configMap.name", output(good()), output(bad()), says("an object")));
+    }
+    for (good, bad) in [
+        ("files/a-1", "files/a_1"),
+        ("files/1", "files/-a"),
+        ("files/a0", "files/a-"),
+        ("files/b", "file/abc"),
+    ] {
+        let says = "must be the resource name of a Gemini file".to_owned();
+        pairs.push(("geminiFile.name", file(good.into()), file(bad.into()), says));
+    }
+    for (i, (path, good, bad, says)) in pairs.into_iter().enumerate() {
+        let name = format!("job-{i}");
+        apply_spec(&env, &name, &good).await.unwrap_or_else(|error| panic!("{path}, {says}: {error}"));
+        env.delete(&name).await;
+        let error = apply_spec(&env, &name, &bad).await.expect_err(&format!("{path}: {says}"));
+        let (told, at) = (error.contains(&says), error.contains(path));
+        assert!(told && at, "{path}, {says}: {}", error.chars().take(500).collect::<String>());
+    }
+}
+
+async fn apply_spec(env: &Env, name: &str, spec: &Value) -> Result<(), String> {
+    let body = json!({"apiVersion": "geminibatch.dev/v1alpha1", "kind": "GeminiBatchJob",
+        "metadata": {"name": name}, "spec": spec});
+    apply(env, name, &body).await
 }
 
 /// Past the types of this crate, which could not even say the wrong thing.
@@ -102,10 +196,10 @@ async fn what_was_paid_for_cannot_be_edited() {
         json!({"input": {"requests": [{"key": "a", "request": {"renamed": [{"parts": [{"text": "x"}]}]}}]}}),
     ] {
         let error = edit(&env, "job", spec.clone()).await.unwrap_err();
-        assert!(error.contains("can't be changed once the job was submitted"), "{spec}: {error}");
+        assert!(error.contains("can't be changed once its submission has begun"), "{spec}: {error}");
     }
     edit(&env, "job", json!({"output": {"configMap": {"name": "late"}}})).await.unwrap();
-    env.sim.finish(&env.sim.batches()[0].name, gemini_simulator::Outcome::Succeeded);
+    assert!(env.sim.finish(&env.sim.batches()[0].name, gemini_simulator::Outcome::Succeeded));
     let job = env.cleaned("job").await;
     assert_eq!(job.status.unwrap().output.unwrap().config_map.as_deref(), Some("late"));
     let error = edit(&env, "job", json!({"output": null})).await.unwrap_err();

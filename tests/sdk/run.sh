@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests of the official Python SDK against the simulator at $GBO_SIMULATOR. Arguments go to pytest.
+# Runs the tests of the official Python SDK against the simulator at $GBO_SIMULATOR. Arguments go to pytest;
+# --check-tools alone only tells whether this machine has what they need.
 #
 # The packages live in a venv under GBO_CACHE_DIR (default: the user's cache folder), in a directory named by
 # a hash of what it is made from: requirements.txt and the Python it is for. It is built when there is none.
@@ -12,11 +13,6 @@ say() { echo "test-sdk: $*" >&2; }
 die() { say "$*"; exit 1; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
-
-[[ -n ${GBO_SIMULATOR:-} ]] || die "GBO_SIMULATOR is not set: run 'make test-sdk', which builds the simulator"
-[[ -x $GBO_SIMULATOR ]] || die "there is no simulator at $GBO_SIMULATOR: run 'make test-sdk', which builds it"
-GBO_SIMULATOR=$(cd "$(dirname "$GBO_SIMULATOR")" && pwd -P)/$(basename "$GBO_SIMULATOR")
-export GBO_SIMULATOR
 
 check_tools() {
   local tool
@@ -55,6 +51,12 @@ build() {
 main() {
   local cache target
   check_tools
+  [[ ${1:-} != --check-tools ]] || return 0
+  [[ -n ${GBO_SIMULATOR:-} ]] || die "GBO_SIMULATOR is not set: run 'make test-sdk', which builds the simulator"
+  [[ -x $GBO_SIMULATOR ]] || die "there is no simulator at $GBO_SIMULATOR: run 'make test-sdk', which builds it"
+  GBO_SIMULATOR=$(cd "$(dirname "$GBO_SIMULATOR")" && pwd -P)/$(basename "$GBO_SIMULATOR")
+  export GBO_SIMULATOR
+
   cache=${GBO_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:?neither GBO_CACHE_DIR nor HOME is set}/.cache}/gemini-batch-operator}
   mkdir -p "$cache"
   cache=$(cd "$cache" && pwd -P)

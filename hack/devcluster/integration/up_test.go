@@ -46,6 +46,8 @@ func start(t *testing.T, args ...string) *cluster {
 	c := &cluster{t: t, binary: binary(t), stderr: new(bytes.Buffer)}
 	c.up = exec.Command(c.binary, append([]string{"up"}, args...)...)
 	c.up.Stderr = c.stderr
+	// A process group of its own, so that a test can press Ctrl-C on it.
+	c.up.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	stdout, err := c.up.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -150,15 +152,9 @@ func TestUpAndDown(t *testing.T) {
 
 	begin := time.Now()
 	_ = c.up.Process.Signal(syscall.SIGTERM)
-	if err := c.up.Wait(); err != nil {
-		t.Errorf("exit: %v\n%s", err, c.stderr)
-	}
+	c.removed()
 	if took := time.Since(begin); took > 3*time.Second {
 		t.Errorf("shutdown took %s", took)
-	}
-	c.gone()
-	if _, err := os.Stat(c.dir); !os.IsNotExist(err) {
-		t.Errorf("%s is left: %v", c.dir, err)
 	}
 }
 
@@ -185,6 +181,39 @@ func TestKilledAndResumedInNamedDirectory(t *testing.T) {
 		t.Errorf("exit: %v\n%s", err, c.stderr)
 	}
 	c.gone()
+}
+
+// removed checks that 'up' has ended as somebody wished, and that nothing is left.
+func (c *cluster) removed() {
+	c.t.Helper()
+	if err := c.up.Wait(); err != nil {
+		c.t.Errorf("exit: %v\n%s", err, c.stderr)
+	}
+	c.gone()
+	if _, err := os.Stat(c.dir); !os.IsNotExist(err) {
+		c.t.Errorf("%s is left: %v", c.dir, err)
+	}
+}
+
+func TestCtrlC(t *testing.T) {
+	c := start(t, "--controller-manager=false")
+	// A terminal sends it to everybody in the foreground.
+	_ = syscall.Kill(-c.up.Process.Pid, syscall.SIGINT)
+	c.removed()
+	if strings.Contains(c.stderr.String(), "unexpectedly") {
+		t.Errorf("a component ended before it was told to:\n%s", c.stderr)
+	}
+}
+
+func TestEndsWithWhomItWatches(t *testing.T) {
+	watched := exec.Command("sleep", "600")
+	if err := watched.Start(); err != nil {
+		t.Fatal(err)
+	}
+	c := start(t, "--controller-manager=false", "--parent-pid="+strconv.Itoa(watched.Process.Pid))
+	_ = watched.Process.Kill()
+	_ = watched.Wait()
+	c.removed()
 }
 
 func TestCrashIsReported(t *testing.T) {
