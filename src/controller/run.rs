@@ -203,7 +203,10 @@ pub async fn run(ctx: Arc<Context>, ring: super::ring::Place, stop: Cancellation
         .reconcile_on(poked)
         .graceful_shutdown_on(stop.clone().cancelled_owned())
         .run(reconcile, on_error, Arc::clone(&ctx))
-        .for_each(|result| std::future::ready(tell(&ctx, result)));
+        .for_each(|result| {
+            let _: () = tell(&ctx, result);
+            std::future::ready(())
+        });
     let listing = async {
         if listed.wait_until_ready().await.is_ok() {
             ctx.listed.store(true, Ordering::Relaxed);

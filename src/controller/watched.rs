@@ -1,7 +1,7 @@
 //! A job as the watch sees it: without its payload, and whatever is in it. Pure: no client required.
 //!
 //! One object that can't be read must not stall the watch of all others. kube's `DeserializeGuard` is not
-//! enough for that: it first reads the whole object into a tree, and serde_json gives up on one that is nested
+//! enough for that: it first reads the whole object into a tree, and `serde_json` gives up on one that is nested
 //! deeper than 128 levels. A request may be (its schema is open), and so may `managedFields`, which mirror it.
 //! Here both are skipped unread, which takes no recursion and no memory.
 

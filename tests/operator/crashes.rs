@@ -164,7 +164,7 @@ async fn an_early_hint_outlives_a_kill() {
         })
         .await;
         assert_eq!(state(&env.jobs().get("job").await.unwrap()), "Running", "{at}");
-        env.sim.finish(&batch.name, Outcome::Succeeded);
+        assert!(env.sim.finish(&batch.name, Outcome::Succeeded));
         assert_eq!(state(&env.cleaned("job").await), "Succeeded", "{at}");
     }
 }

@@ -137,7 +137,7 @@ async fn another_key_than_the_one_that_paid_proves_nothing() {
     env.create("job", spec(&["[[sim:job=stall]]"], None)).await;
     env.until("job", "running", |j| state(j) == "Running").await;
     env.secret("gemini", &serde_json::json!({"apiKey": "of-another-project"})).await;
-    env.sim.finish(&env.sim.batches()[0].name, Outcome::Succeeded);
+    assert!(env.sim.finish(&env.sim.batches()[0].name, Outcome::Succeeded));
     let job = env.stalled("job", "CredentialsChanged").await;
     assert_eq!(state(&job), "Running");
     env.secret("gemini", &serde_json::json!({"apiKey": "test-key"})).await;
@@ -162,7 +162,7 @@ async fn a_batch_that_another_key_was_not_shown_is_asked_for_with_the_old_one() 
     env.secret("gemini", &serde_json::json!({"apiKey": "test-key"})).await;
     let job = env.until("job", "running again", |j| ready(j).1 == "Submitted").await;
     assert!(!is_true(&job, conditions::FINISHED));
-    env.sim.finish(&env.sim.batches()[0].name, Outcome::Succeeded);
+    assert!(env.sim.finish(&env.sim.batches()[0].name, Outcome::Succeeded));
     assert_eq!(state(&env.finished("job").await), "Succeeded");
 }
 
