@@ -204,7 +204,7 @@ pub async fn run(ctx: Arc<Context>, ring: super::ring::Place, stop: Cancellation
         .graceful_shutdown_on(stop.clone().cancelled_owned())
         .run(reconcile, on_error, Arc::clone(&ctx))
         .for_each(|result| {
-            let _: () = tell(&ctx, result);
+            tell(&ctx, result);
             std::future::ready(())
         });
     let listing = async {
