@@ -240,8 +240,19 @@ pub enum ConfigError {
     )]
     InsecureExternalUrl,
     /// It has parts that can't be kept.
-    #[error("--external-url must not have a query, a fragment or a user name")]
+    #[error("--external-url must not have a query, a fragment, a user name or a password")]
     ExternalUrlParts,
+    /// Keys from there would be anybody's.
+    #[error(
+        "--jwks-url must be https: whoever answers there decides which callbacks are believed; \
+         --allow-insecure-upstream permits http for the simulator"
+    )]
+    InsecureJwksUrl,
+    /// Nobody's audience.
+    #[error(
+        "--callback-audience must not be empty: leave it out, and the callback URL itself is the audience"
+    )]
+    EmptyAudience,
     /// Timings of the election under which two could lead at once, or none for long.
     #[error(
         "--lease-retry-seconds must be less than --lease-renew-deadline-seconds, and that less than \
@@ -267,8 +278,16 @@ impl RunArgs {
         if url.scheme() != "https" && !(url.scheme() == "http" && self.allow_insecure_callbacks) {
             return Err(ConfigError::InsecureExternalUrl);
         }
-        if url.query().is_some() || url.fragment().is_some() || !url.username().is_empty() {
+        let with_user = !url.username().is_empty() || url.password().is_some();
+        if url.query().is_some() || url.fragment().is_some() || with_user {
             return Err(ConfigError::ExternalUrlParts);
+        }
+        let jwks = self.jwks_url();
+        if jwks.scheme() != "https" && !(jwks.scheme() == "http" && self.allow_insecure_upstream) {
+            return Err(ConfigError::InsecureJwksUrl);
+        }
+        if self.callback_audience.iter().any(|audience| audience.trim().is_empty()) {
+            return Err(ConfigError::EmptyAudience);
         }
         Ok(())
     }
@@ -308,7 +327,14 @@ mod tests {
             Err(ConfigError::InsecureExternalUrl)
         );
         assert_eq!(check(&["--external-url", "https://x/prefix"]), Ok(()));
-        assert_eq!(check(&["--external-url", "https://x/?a=b"]), Err(ConfigError::ExternalUrlParts));
+        for url in ["https://x/?a=b", "https://user@x", "https://:secret@x", "https://x/#y"] {
+            assert_eq!(check(&["--external-url", url]), Err(ConfigError::ExternalUrlParts), "{url}");
+        }
+        let jwks = ["--external-url", "https://x", "--jwks-url", "http://y", "--allow-insecure-upstream"];
+        assert_eq!(check(&jwks[..4]), Err(ConfigError::InsecureJwksUrl));
+        assert_eq!(check(&jwks), Ok(()));
+        let audience = ["--external-url", "https://x", "--callback-audience", ""];
+        assert_eq!(check(&audience), Err(ConfigError::EmptyAudience));
         assert_eq!(
             check(&["--external-url", "https://x", "--lease-seconds", "10"]),
             Err(ConfigError::LeaseTimings)

@@ -109,6 +109,9 @@ fn judge(args: &VerifyArgs, clock: Timestamp) -> Result<String, Failure> {
         Some(seconds) => Timestamp::from_second(seconds)
             .map_err(|_| Failure::Usage("--now is not a time between the years -9999 and 9999".to_owned()))?,
     };
+    if args.audience.as_deref().is_some_and(|audience| audience.trim().is_empty()) {
+        return Err(Failure::Usage("--audience must not be empty".to_owned()));
+    }
     let secrets = each("--secret", &args.secrets, HmacSecret::parse)?;
     let mut set = match &args.jwks {
         None => KeySet::default(),

@@ -244,6 +244,24 @@ impl KeyRing {
             .or_else(|| self.keys.iter().min_by_key(|k| k.created))
     }
 
+    /// Whether this is another state of the same ring: same cluster, same fingerprint key. In constant time.
+    #[must_use]
+    pub fn is_same_installation(&self, other: &Self) -> bool {
+        use subtle::ConstantTimeEq as _;
+        let (ours, theirs) = (self.fingerprint_key.0.as_slice(), other.fingerprint_key.0.as_slice());
+        self.cluster_id == other.cluster_id && bool::from(ours.ct_eq(theirs))
+    }
+
+    /// Whether `newer` can take this ring's place: the same installation, and no key missing that jobs may still
+    /// need. What was added does not matter.
+    #[must_use]
+    pub fn may_become(&self, newer: &Self, now: Timestamp) -> bool {
+        let retired =
+            |key: &RingKey| key.unused_since.is_some_and(|since| now.duration_since(since) >= AFTERLIFE);
+        self.is_same_installation(newer)
+            && self.keys.iter().all(|key| retired(key) || newer.key(&key.id).is_some())
+    }
+
     /// The key with this id.
     #[must_use]
     pub fn key(&self, id: &str) -> Option<&RingKey> {
@@ -390,6 +408,25 @@ mod tests {
         assert_eq!(ring.signing_key(at(HOUR + 5 * MINUTE)).unwrap().id, second);
         assert_eq!(ring.key(&first).unwrap().id, first, "the old one still verifies");
         assert!(ring.key("nosuchkey").is_none());
+    }
+
+    #[test]
+    fn another_ring_is_told_from_a_later_state_of_the_same() {
+        let ring = KeyRing::generate("c", at(0)).unwrap();
+        let mut rotated = ring.clone();
+        rotated.rotate(at(3600)).unwrap();
+        assert!(ring.may_become(&rotated, at(3600)) && ring.may_become(&ring, at(0)));
+        assert!(!rotated.may_become(&ring, at(3600)), "a key is missing that jobs may need");
+        let mut retired = rotated.clone();
+        retired.keys[0].unused_since = Some(at(3600));
+        let mut later = retired.clone();
+        later.keys.remove(0);
+        let day = at(3600) + AFTERLIFE;
+        assert!(retired.may_become(&later, day) && !retired.may_become(&later, at(3601)));
+        assert!(!ring.may_become(&KeyRing::generate("c", at(0)).unwrap(), at(0)), "other fingerprints");
+        let mut elsewhere = ring.clone();
+        elsewhere.cluster_id = "d".to_owned();
+        assert!(!ring.may_become(&elsewhere, at(0)));
     }
 
     #[test]

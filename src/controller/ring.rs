@@ -214,9 +214,13 @@ pub async fn reread(ctx: &Context, place: &Place) -> Result<(), RingError> {
         .get_opt(secret)
         .await
         .map_err(|cause| RingError::Kubernetes { secret: secret.to_owned(), cause })?;
-    // One that is gone is written back at the next turn of `keep_current`.
+    // One that is gone, or another one, is dealt with at the next turn of `keep_current`. Keys may have been retired by
+    // whoever led meanwhile.
     if let Some(there) = there {
-        *ctx.ring.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(parse(secret, &there)?);
+        let ring = parse(secret, &there)?;
+        if ring.is_same_installation(&ctx.ring()) {
+            *ctx.ring.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(ring);
+        }
     }
     Ok(())
 }
@@ -226,7 +230,7 @@ async fn once(ctx: &Context, place: &Place, store: &Store<Watched>) -> Result<()
     let failed = |cause| RingError::Kubernetes { secret: secret.to_owned(), cause };
     let secrets: Api<Secret> = Api::namespaced(ctx.client.clone(), &place.namespace);
     let Some(there) = secrets.get_opt(secret).await.map_err(failed)? else {
-        alarm(ctx, place).await;
+        alarm(ctx, place, Loss::Deleted).await;
         let ring = ctx.ring();
         return match secrets.create(&post(), &object(&place.namespace, secret, &ring)).await {
             Ok(_) => Ok(()),
@@ -234,7 +238,17 @@ async fn once(ctx: &Context, place: &Place, store: &Store<Watched>) -> Result<()
             Err(e) => Err(failed(e)),
         };
     };
-    let mut ring = parse(secret, &there)?;
+    let mut ring = match parse(secret, &there) {
+        Ok(ring) if ctx.ring().may_become(&ring, ctx.clock.now()) => ring,
+        other => {
+            alarm(ctx, place, if other.is_ok() { Loss::Replaced } else { Loss::Broken }).await;
+            return match replace(&secrets, &there, &ctx.ring()).await {
+                Ok(()) => Ok(()),
+                Err(e) if super::output::is(&e, 409) => Ok(()), // looked at again at the next turn
+                Err(e) => Err(failed(e)),
+            };
+        }
+    };
     if ring.keys.len() > 1 && ring.retire(ctx.clock.now(), oldest_submitted(store).await) {
         match replace(&secrets, &there, &ring).await {
             Ok(()) => tracing::info!(keys = ring.keys.len(), "noted which keys of the ring are out of use"),
@@ -259,16 +273,34 @@ async fn oldest_submitted(store: &Store<Watched>) -> Option<Timestamp> {
     store.state().iter().filter_map(unfinished).min()
 }
 
-/// Somebody deleted the Secret. That is said where an administrator looks.
-async fn alarm(ctx: &Context, place: &Place) {
-    let note = "the key ring was deleted while the operator runs; the same ring is written back from memory. Receivers \
-                that started meanwhile refused callbacks, which Gemini sends again";
+/// What happened to the Secret.
+#[derive(Clone, Copy)]
+enum Loss {
+    /// It was not there.
+    Deleted,
+    /// It held another ring, or lacked keys that jobs need.
+    Replaced,
+    /// It held no ring.
+    Broken,
+}
+
+/// Somebody deleted or changed the Secret. That is said where an administrator looks.
+async fn alarm(ctx: &Context, place: &Place, loss: Loss) {
+    let (reason, what) = match loss {
+        Loss::Deleted => ("KeyRingDeleted", "was deleted"),
+        Loss::Replaced => ("KeyRingReplaced", "was replaced by another one, or lost keys that jobs need,"),
+        Loss::Broken => ("KeyRingReplaced", "was replaced by something that is no key ring"),
+    };
+    let note = format!(
+        "the key ring {what} while the operator runs; the one in memory is written back. Receivers that read it meanwhile \
+         refused callbacks, which Gemini sends again. To replace a ring on purpose, stop the controllers first"
+    );
     tracing::error!(secret = place.secret, namespace = place.namespace, "{note}");
     ctx.metrics.keyring_restored.inc();
     let event = Event {
         type_: EventType::Warning,
-        reason: "KeyRingDeleted".to_owned(),
-        note: Some(note.to_owned()),
+        reason: reason.to_owned(),
+        note: Some(note),
         action: "Restore".to_owned(),
         secondary: None,
     };

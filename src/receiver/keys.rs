@@ -184,7 +184,11 @@ impl KeyCache {
                 "ok"
             }
             Err(error) => {
-                warn!(%error, "could not fetch the key set; the last good one goes on serving");
+                if self.current(now).is_some() {
+                    warn!(%error, "could not fetch the key set; the last good one goes on serving");
+                } else {
+                    warn!(%error, "could not fetch the key set; callbacks get 503 until there is one");
+                }
                 error.outcome()
             }
         };

@@ -47,9 +47,6 @@ pub const GOOGLE_JWKS_URL: &str = "https://generativelanguage.googleapis.com/.we
 /// How often the upkeep of ring and keys looks whether something is due, in real time.
 const TICK: Duration = Duration::from_secs(1);
 
-/// The certificate's files are looked at in every so many ticks.
-const TLS_TICKS: u32 = 10;
-
 /// The time. Injected, so that tests and a sped-up clock can drive everything that depends on it.
 pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
 
@@ -210,14 +207,22 @@ impl Receiver {
     /// Reads the ring and fetches the keys, at once and then whenever either is due. Looks at the files of the
     /// certificate now and then.
     async fn keep_fresh(&self) {
-        for tick in 1_u32.. {
-            let now = (self.state.clock)();
-            tokio::join!(self.state.ring.keep_fresh(now), self.state.keys.keep_fresh(now));
-            if let Some(tls) = self.state.config.tls.as_ref().filter(|_| tick % TLS_TICKS == 0) {
-                tls.reload();
+        let certificate = async {
+            let Some(tls) = &self.state.config.tls else { return };
+            loop {
+                tokio::time::sleep(self.state.config.limits.certificate).await;
+                let tls = Arc::clone(tls);
+                let _ = tokio::task::spawn_blocking(move || tls.reload()).await; // it reads files
             }
-            tokio::time::sleep(TICK).await;
-        }
+        };
+        let keys = async {
+            loop {
+                let now = (self.state.clock)();
+                tokio::join!(self.state.ring.keep_fresh(now), self.state.keys.keep_fresh(now));
+                tokio::time::sleep(TICK).await;
+            }
+        };
+        tokio::join!(keys, certificate);
     }
 }
 

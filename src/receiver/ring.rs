@@ -1,5 +1,4 @@
-//! The key ring as the receiver sees it: read from its Secret, re-read every minute, and sooner (but not more
-//! often than every ten seconds) when a well-formed token names a key that is not in it.
+//! The key ring as the receiver sees it: read from its Secret, and read again every minute, whatever callers send.
 
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -16,7 +15,6 @@ use super::metrics::{Metrics, Outcome};
 use crate::callback::keyring::{KeyRing, KeyRingError, SECRET_KEY};
 
 const EVERY: SignedDuration = SignedDuration::from_mins(1);
-const UNKNOWN_KEY_GAP: SignedDuration = SignedDuration::from_secs(10);
 const FIRST_GAP: SignedDuration = SignedDuration::from_secs(1);
 const READ_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -121,11 +119,6 @@ impl Ring {
     pub(super) async fn keep_fresh(&self, now: Timestamp) {
         let gap = if self.current().is_some() { EVERY } else { FIRST_GAP };
         self.read(now, gap).await;
-    }
-
-    /// Called for a token that names a key we do not know.
-    pub(super) async fn look_for_new_keys(&self, now: Timestamp) {
-        self.read(now, UNKNOWN_KEY_GAP).await;
     }
 
     async fn read(&self, now: Timestamp, gap: SignedDuration) {

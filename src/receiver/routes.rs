@@ -10,7 +10,7 @@ use axum::extract::{Path, Request, State as Shared};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use bytes::Bytes;
-use http::header::{CONNECTION, CONTENT_LENGTH, RETRY_AFTER};
+use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, RETRY_AFTER};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use jiff::{SignedDuration, Timestamp};
@@ -28,6 +28,8 @@ use crate::crash;
 
 /// What a sender is told to wait when something of ours is away.
 const RETRY_SECONDS: i64 = 10;
+/// A body that is likely to be in the buffer with the header, so that leaving it unread costs no connection.
+const SMALL_BODY: u64 = 8 * 1024;
 /// The pause before a conflicting write is tried again; doubled each time.
 const CONFLICT_PAUSE: Duration = Duration::from_millis(20);
 
@@ -101,6 +103,9 @@ async fn callback(
 ) -> Response {
     let mut scheme = "none";
     let limit = state.config.limits.handler;
+    // Whether the connection is closed after a refusal depends on how the request looks, not on whether its token was
+    // right and its body therefore read.
+    let close = announced_length(request.headers()).is_none_or(|length| length > SMALL_BODY);
     let end = match path {
         Ok(Path((namespace, name, token))) => {
             let delivery = handle(&state, &namespace, &name, &token, request, &mut scheme);
@@ -114,7 +119,12 @@ async fn callback(
         Err(_) => End::Refused(Reason::Malformed.reason()),
     };
     state.metrics.callbacks.get_or_create(&Delivered { outcome: end.outcome(), scheme }).inc();
-    end.into_response()
+    let refused = matches!(end, End::Refused(_));
+    let mut response = end.into_response();
+    if refused && close {
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
 /// The checks, cheapest first.
@@ -127,11 +137,15 @@ async fn handle(
     scheme: &mut &'static str,
 ) -> End {
     let (head, body) = request.into_parts();
+    // Answered by "100 Continue" only for a right token, it would tell which tokens are right.
+    if head.headers.contains_key(EXPECT) {
+        return End::Broken(StatusCode::EXPECTATION_FAILED, "expect");
+    }
     if announced_length(&head.headers).is_some_and(|length| length > MAX_BODY as u64) {
         return End::Broken(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large");
     }
     let now = (state.clock)();
-    let claims = match check_token(state, namespace, name, token, now).await {
+    let claims = match check_token(state, namespace, name, token) {
         Ok(claims) => claims,
         Err(end) => return end,
     };
@@ -159,23 +173,11 @@ fn announced_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-async fn check_token(
-    state: &State,
-    namespace: &str,
-    name: &str,
-    token: &str,
-    now: Timestamp,
-) -> Result<Claims, End> {
+/// With the ring at hand: whoever comes with a wrong token causes nothing at all. A key that a receiver has not read
+/// yet signs nothing either: it is read every minute, and signs after five.
+fn check_token(state: &State, namespace: &str, name: &str, token: &str) -> Result<Claims, End> {
     let ring = state.ring.current().ok_or_else(|| End::later("no_keyring"))?;
-    let verdict = match Token::verify(&ring, namespace, name, token) {
-        Err(Reason::UnknownKey) => {
-            state.ring.look_for_new_keys(now).await;
-            let ring = state.ring.current().unwrap_or(ring);
-            Token::verify(&ring, namespace, name, token)
-        }
-        verdict => verdict,
-    };
-    verdict.map_err(|reason| End::Refused(reason.reason()))
+    Token::verify(&ring, namespace, name, token).map_err(|reason| End::Refused(reason.reason()))
 }
 
 /// The configured policy, with this very URL as the audience of a JWT unless another was configured.
@@ -187,14 +189,13 @@ fn policy_for(state: &State, namespace: &str, name: &str, token: &str) -> Policy
     policy
 }
 
+/// Whatever is wrong with it is the same answer as a wrong signature: only who has a right token gets here.
 async fn read_body(body: Body, limit: Duration) -> Result<Bytes, End> {
     match timeout(limit, Limited::new(body, MAX_BODY).collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => {
-            Err(End::Broken(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large"))
-        }
-        Ok(Err(_)) => Err(End::Broken(StatusCode::BAD_REQUEST, "body_broken")),
-        Err(_) => Err(End::Broken(StatusCode::REQUEST_TIMEOUT, "body_timeout")),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(End::Refused("body_too_large")),
+        Ok(Err(_)) => Err(End::Refused("body_broken")),
+        Err(_) => Err(End::Refused("body_timeout")),
     }
 }
 

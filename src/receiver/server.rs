@@ -45,6 +45,8 @@ pub struct Limits {
     pub write: Duration,
     /// For a request as a whole, once its header is there.
     pub handler: Duration,
+    /// Between two looks at the files of the certificate.
+    pub certificate: Duration,
     /// At this age a connection ends after the request it is in.
     pub connection_age: Duration,
     /// On shutdown, for what is in flight.
@@ -59,6 +61,7 @@ impl Default for Limits {
             body: Duration::from_secs(5),
             write: Duration::from_secs(3),
             handler: Duration::from_secs(10),
+            certificate: Duration::from_secs(10),
             connection_age: Duration::from_mins(5),
             drain: Duration::from_secs(15),
         }

@@ -195,6 +195,23 @@ async fn no_key_and_no_prompt_is_shown_anywhere() {
     let events = events.list(&kube::api::ListParams::default()).await.unwrap().items;
     assert!(!events.is_empty());
     shown += &serde_json::to_string(&events).unwrap();
+    // What strangers send is shown no more than what Google sends.
+    let http = reqwest::Client::new();
+    for uri in [
+        env.sim.batches()[0].uris[0].clone(),
+        format!("http://127.0.0.1:{}/v1/callbacks/CANARY/x/CANARY", env.port),
+    ] {
+        let answer = http
+            .post(uri)
+            .header("webhook-id", "CANARY-id")
+            .header("webhook-timestamp", "CANARY-time")
+            .header("webhook-signature", "v1a,CANARY")
+            .body("CANARY-body")
+            .send()
+            .await
+            .unwrap();
+        assert_eq!((answer.status().as_u16(), answer.text().await.unwrap()), (401, String::new()));
+    }
     let log = operator.log();
     assert!(log.contains("create: sending"), "the log is the operator's");
     shown += &log;

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
 use futures::{StreamExt as _, TryStreamExt as _};
 use gemini_batch_operator::api::{GeminiBatchJob, conditions};
 use gemini_simulator::{BatchView, Config, Effect, Fault, Op, Outcome, Switches};
@@ -151,27 +152,43 @@ async fn in_all_ninety_orders_what_get_says_last_is_the_end() {
         Env::with(Config { speed: 600.0, max_active: 1000, ..Config::default() }, &["--sweep-seconds=86400"])
             .await;
     env.operator().await;
+    // The second delivery of an event comes to another replica, whose memory does not know the first one.
+    let (listen, _) = env.another_receiver("");
+    let replica = env.spawn_with(None, &["--role=receiver", &listen, "--admin-listen=127.0.0.1:0"]);
+    let there = listen.replace("--listen=", "http://");
     let orders = orders();
     assert_eq!(orders.len(), 90);
     let transitions = watch_ends(&env);
+    let start = Instant::now();
+    while reqwest::get(&there).await.is_err() {
+        assert!(start.elapsed() < PATIENCE, "the replica does not come up: {}", replica.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 
     for chunk in (0..orders.len()).collect::<Vec<_>>().chunks(15) {
         let work = chunk.iter().map(|i| {
-            let (env, order) = (&env, &orders[*i]);
+            let (env, order, there) = (&env, &orders[*i], &there);
             async move {
                 let name = format!("job-{i}");
                 let batch = running(env, &name).await;
                 let (outcome, end, reason) = ENDS[i % 3];
+                let here = format!("http://127.0.0.1:{}", env.port);
                 // GET's answer changes after so many deliveries; the events say what they like.
-                let change_after = i % 6;
+                let change_after = 1 + (i / 3) % 5;
+                let mut delivered = [0; 3];
                 for (n, event_index) in order.iter().enumerate() {
                     if n == change_after {
                         assert!(env.sim.finish(&batch.name, outcome)); // and its own genuine event comes, in between
                     }
                     let id = format!("msg_{i}_{event_index}");
-                    let status =
-                        env.sim.post_signed(&batch.uris[0], &id, &event(EVENTS[*event_index], &batch)).await;
-                    assert!(matches!(status, Some(200 | 503)), "{status:?}");
+                    let uri = if delivered[*event_index] == 0 {
+                        batch.uris[0].clone()
+                    } else {
+                        batch.uris[0].replace(&here, there)
+                    };
+                    delivered[*event_index] += 1;
+                    let status = env.sim.post_signed(&uri, &id, &event(EVENTS[*event_index], &batch)).await;
+                    assert!(matches!(status, Some(200 | 503)), "{uri}: {status:?}");
                 }
                 let job = env.cleaned(&name).await;
                 assert_eq!((state(&job), ready(&job).1.as_str()), (end, reason), "order {i}: {order:?}");
@@ -179,8 +196,16 @@ async fn in_all_ninety_orders_what_get_says_last_is_the_end() {
         });
         futures::future::join_all(work).await;
     }
-    let transitions = transitions.lock().unwrap();
-    assert_eq!(transitions.len(), 90);
+    // The watch has seen all that came before this one.
+    env.create("last", spec(&["x"], None)).await;
+    env.cleaned("last").await;
+    let start = Instant::now();
+    while !transitions.lock().unwrap().contains_key("last") {
+        assert!(start.elapsed() < PATIENCE, "the watch stands still");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let transitions = transitions.lock().unwrap().clone();
+    assert_eq!(transitions.len(), 91);
     assert!(transitions.values().all(|n| *n == 1), "{transitions:?}");
 }
 
@@ -281,6 +306,21 @@ async fn nothing_in_a_payload_is_ever_called() {
         let answer = env.sim.post_signed(&batch.uris[0], &format!("msg_{i}"), &body).await;
         assert_eq!(answer, Some(200), "a hint all the same");
     }
+    // A JWT that says where its key is to be had.
+    let part = |value: Value| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(value.to_string());
+    let elsewhere = format!("http://{address}/keys");
+    let header = part(json!({"alg": "RS256", "kid": "x", "jku": elsewhere, "x5u": elsewhere}));
+    let jwt = format!("{header}.{}.{}", part(json!({"aud": batch.uris[0]})), part(json!("x".repeat(250))));
+    let answer = reqwest::Client::new()
+        .post(&batch.uris[0])
+        .header("webhook-id", "msg_jku")
+        .header("webhook-timestamp", env.sim.now().as_second())
+        .header("webhook-signature", jwt)
+        .body("{}")
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(answer.status(), 401);
     assert!(env.sim.finish(&batch.name, Outcome::Succeeded));
     assert_eq!(state(&env.cleaned("job").await), "Succeeded");
     let known = |e: &gemini_simulator::LogEntry| {
@@ -291,18 +331,33 @@ async fn nothing_in_a_payload_is_ever_called() {
     assert!(called.is_err(), "somebody called what a payload named");
 }
 
-/// A key roll at Google: the next callback makes us fetch the new key.
+/// A key roll at Google: the first callback signed with a key that we lack makes us fetch it. Within the cooldown
+/// it is refused, and taken when it comes again: long before the set would have been fetched anyway.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_roll_loses_no_callback() {
-    let env = Env::scaled(60.0, &["--sweep-seconds=864000"]).await;
+    let env = Env::scaled(20.0, &["--sweep-seconds=864000"]).await;
     env.operator_with(gemini_batch_operator::controller::Timings::default()).await;
-    for i in 0..4 {
-        let name = format!("job-{i}");
-        env.create(&name, spec(&["x"], None)).await;
-        assert_eq!(state(&env.cleaned(&name).await), "Succeeded");
-        env.sim.roll_keys();
+    let fetches = || env.sim.log().iter().filter(|e| e.op == Op::Jwks).count();
+    let (first, second) = (running(&env, "first").await, running(&env, "second").await);
+    let start = Instant::now();
+    while fetches() == 0 {
+        assert!(start.elapsed() < PATIENCE, "the keys are not fetched");
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    assert!(env.sim.log().iter().filter(|e| e.op == Op::Jwks).count() >= 2, "the new keys were fetched");
+    for (batch, name) in [(&first, "first"), (&second, "second")] {
+        env.sim.roll_keys();
+        assert!(env.sim.finish(&batch.name, Outcome::Succeeded));
+        assert_eq!(state(&env.finished(name).await), "Succeeded");
+    }
+    let statuses: Vec<_> = env.sim.deliveries().iter().map(|d| d.status).collect();
+    assert!(statuses.contains(&Some(401)), "the rolls were not noticed: {statuses:?}");
+    for batch in [&first, &second] {
+        let tries: Vec<_> = env.sim.deliveries().into_iter().filter(|d| d.batch == batch.name).collect();
+        assert_eq!(tries.last().unwrap().status, Some(200));
+        let took = tries.last().unwrap().time.duration_since(tries[0].time);
+        assert!(took < jiff::SignedDuration::from_mins(5), "{took}: only when the set was fetched anyway?");
+    }
+    assert!((2..=4).contains(&fetches()), "{}", fetches());
 }
 
 /// Google's key endpoint is away for an hour: the keys at hand serve on.

@@ -152,3 +152,30 @@ async fn a_ring_that_is_gone_when_the_operator_starts_is_not_made_anew_while_job
     assert_eq!(state(&env.cleaned("job").await), "Succeeded");
     assert!(env.sim.deliveries().iter().all(|d| d.status != Some(200)));
 }
+
+/// Replaced by another ring, or emptied: the one in memory is written back, and it is said.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_ring_that_is_replaced_under_a_running_operator_is_written_back_and_said() {
+    let env = Env::scaled(600.0, &[NO_SWEEP]).await;
+    env.operator_with(Timings::default()).await;
+    running(&env, "job").await;
+    let ours = secrets(&env).get(SECRET).await.unwrap();
+    let other =
+        gemini_batch_operator::callback::keyring::KeyRing::generate("another", jiff::Timestamp::now());
+    for (n, content) in [other.unwrap().to_json().to_vec(), Vec::new()].into_iter().enumerate() {
+        let mut changed = secrets(&env).get(SECRET).await.unwrap();
+        changed.data.as_mut().unwrap().get_mut("keyring.json").unwrap().0 = content;
+        secrets(&env).replace(SECRET, &PostParams::default(), &changed).await.unwrap();
+        let back = |secret: Option<&Secret>| secret.is_some_and(|s| s.data == ours.data);
+        let change = tokio::time::timeout(PATIENCE, await_condition(secrets(&env), SECRET, back)).await;
+        assert!(change.is_ok(), "the ring is not written back");
+        let said = format!("gemini_batch_callback_keyring_restored_total {}", n + 1);
+        assert!(env.metrics().await.contains(&said), "{}", env.metrics().await);
+    }
+    let events =
+        crate::harness::kubectl(&env, &["get", "events", "-o", "jsonpath={.items[*].reason}"]).unwrap();
+    assert!(events.contains("KeyRingReplaced"), "{events}");
+    assert!(env.sim.finish(&env.sim.batches()[0].name, Outcome::Succeeded));
+    assert_eq!(state(&env.cleaned("job").await), "Succeeded");
+    assert!(env.sim.batches()[0].display_name.starts_with("gbo-test-"));
+}
