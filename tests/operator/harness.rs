@@ -223,7 +223,20 @@ impl Env {
     pub async fn on_scaled(cluster: Arc<Cluster>, config: Config, extra: &[&str]) -> Self {
         let origin = format!("--clock-origin-unix-ms={}", config.clock.origin);
         let factor = format!("--clock-factor={}", config.clock.factor);
-        let extra: Vec<&str> = extra.iter().copied().chain([origin.as_str(), factor.as_str()]).collect();
+        // A lease that lasts milliseconds can't be held on a busy machine: it keeps its real length.
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "factors are small whole numbers"
+        )]
+        let scale = config.clock.factor.ceil() as u32;
+        let lease = [
+            format!("--lease-seconds={}", 15 * scale),
+            format!("--lease-renew-deadline-seconds={}", 10 * scale),
+            format!("--lease-retry-seconds={}", 2 * scale),
+        ];
+        let more = [origin.as_str(), factor.as_str()].into_iter().chain(lease.iter().map(String::as_str));
+        let extra: Vec<&str> = extra.iter().copied().chain(more).collect();
         Self::on(cluster, config, &extra).await
     }
 

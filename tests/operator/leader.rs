@@ -78,7 +78,7 @@ async fn a_leader_that_is_asked_to_stop_gives_the_lease_up() {
 /// ask for the batch: somebody else leads.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_leader_that_slept_through_its_lease_sends_nothing() {
-    let env = Env::scaled(10.0, &[]).await; // a lease of a second and a half
+    let env = Env::scaled(10.0, &[]).await;
     let effect = Effect::DelayAnswer { millis: 1000 };
     env.sim.fault(Fault { op: Op::UploadChunk, contains: String::new(), skip: 0, times: 1, effect });
     let first = candidate(&env, "first");
