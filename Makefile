@@ -1,5 +1,5 @@
 # Every target does its own set-up. Caches live outside the clone: in CARGO_TARGET_DIR if set, and in
-# GBO_CACHE_DIR (default ~/.cache/gemini-batch-operator) for the control plane and the Python packages.
+# GBO_CACHE_DIR (default ~/.cache/gemini-batch-operator) for the control plane, helm and the Python packages.
 
 SHELL := bash
 .ONESHELL:
@@ -30,9 +30,10 @@ up: ## The same as demo, left running to play with until Ctrl-C
 	@$(call run-demo,--keep)
 
 .PHONY: test
-test: toolchain toolchain-sdk control-plane ## Run all tests: unit, property, a real API server, the official Python SDK
+test: toolchain toolchain-sdk control-plane helm ## Run all tests: unit, property, a real API server, the official Python SDK
 	@echo "== Rust tests (unit, property, operator on a real API server, simulator)"
-	GBO_DEVCLUSTER="$$(hack/devcluster/ensure.sh)" $(CARGO) test --workspace --locked --features crash-points
+	export GBO_DEVCLUSTER="$$(hack/devcluster/ensure.sh)" GBO_HELM="$$(hack/helm.sh)"
+	$(CARGO) test --workspace --locked --features crash-points
 	@echo "== Go tests (control plane launcher)"
 	devcluster="$$(hack/devcluster/ensure.sh)"
 	cd hack/devcluster
@@ -74,6 +75,23 @@ generated: ## Fail if a committed generated file is not what the code generates
 	@$(CARGO) run --quiet --locked -- crd | diff -u crds/geminibatchjobs.yaml - \
 	  || { echo "crds/ differs from what the code generates: run 'make generate' and commit"; exit 1; }
 
+CHART := charts/gemini-batch-operator
+
+.PHONY: chart
+chart: helm ## Lint the chart and render it: complete, valid and the same each time
+	@helm="$$(hack/helm.sh)"
+	rendered="$$(mktemp -d)"
+	trap 'rm -rf "$$rendered"' EXIT
+	"$$helm" lint --strict $(CHART)
+	"$$helm" lint --strict $(CHART) --set watchNamespace=jobs
+	for values in watchNamespace= watchNamespace=jobs; do
+	  for time in 1 2; do "$$helm" template gbo $(CHART) --namespace gemini --set "$$values" > "$$rendered/$$time"; done
+	  cmp "$$rendered/1" "$$rendered/2" || { echo "the chart renders differently each time: a GitOps tool would never be done"; exit 1; }
+	done
+	if "$$helm" lint $(CHART) --set noSuchValue=1 >/dev/null 2>&1; then
+	  echo "values.schema.json lets an unknown value pass: a typo would be ignored"; exit 1
+	fi
+
 # ------------------------------------------------------------------------------------- internal
 
 .PHONY: toolchain
@@ -89,6 +107,10 @@ toolchain-sdk:
 .PHONY: control-plane
 control-plane:
 	@hack/devcluster/ensure.sh >/dev/null
+
+.PHONY: helm
+helm:
+	@hack/helm.sh >/dev/null
 
 define run-demo
 $(MAKE) toolchain control-plane

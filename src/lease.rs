@@ -134,7 +134,7 @@ impl Elector {
                 Ok(Tried::Ours) => return,
                 Ok(Tried::Theirs) => {}
                 Err(error) => {
-                    tracing::warn!(%error, lease = self.config.name, "the lease could not be taken")
+                    tracing::warn!(%error, lease = self.config.name, "the lease could not be taken");
                 }
             }
             tokio::time::sleep(self.pause()).await;
@@ -161,16 +161,16 @@ impl Elector {
             }
             let left = until.saturating_duration_since(Instant::now());
             match tokio::time::timeout(left, self.attempt()).await {
-                Ok(Ok(Tried::Ours)) => {}
                 Ok(Ok(Tried::Theirs)) => {
                     tracing::error!(lease = self.config.name, "somebody else has the lease");
                     self.leadership.set(None);
                     return turn.cancel();
                 }
                 Ok(Err(error)) => {
-                    tracing::warn!(%error, lease = self.config.name, "the lease could not be renewed")
+                    tracing::warn!(%error, lease = self.config.name, "the lease could not be renewed");
                 }
-                Err(_) => {} // too late: the next turn of the loop says so
+                // Too late counts as not renewed: the next turn of the loop says so.
+                Ok(Ok(Tried::Ours)) | Err(_) => {}
             }
         }
     }

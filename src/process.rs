@@ -110,6 +110,8 @@ pub async fn start(
             Metrics::register(&mut registry),
             elector.leadership(),
         ));
+        let check = Arc::clone(&ctx);
+        ready.push(Box::new(move || check.ready()));
         let stop = stop.clone();
         parts.spawn(async move {
             elector.run(stop, |turn| controller::run(Arc::clone(&ctx), place.clone(), turn)).await;
@@ -204,10 +206,9 @@ async fn kube_config() -> anyhow::Result<kube::Config> {
 
 fn gemini_client(args: &RunArgs) -> anyhow::Result<gemini::Client> {
     let config = gemini::ClientConfig {
-        base_url: args.gemini_base_url.clone(),
         api_version: args.gemini_api_version.clone(),
         allow_insecure: args.allow_insecure_upstream,
-        ..gemini::ClientConfig::default()
+        ..gemini::ClientConfig::new(args.gemini_base_url.clone())
     };
     Ok(gemini::Client::new(config)?)
 }

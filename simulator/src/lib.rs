@@ -152,6 +152,7 @@ impl Simulator {
     }
 
     /// Ends a batch now. `false`: there is none of that name that could still end.
+    #[must_use]
     pub fn finish(&self, batch: &str, outcome: Outcome) -> bool {
         self.shared.finish(batch, outcome)
     }

@@ -62,7 +62,9 @@ fn each(schema: &mut JSONSchemaProps, change: &mut impl FnMut(&mut JSONSchemaPro
     if let Some(JSONSchemaPropsOrBool::Schema(values)) = &mut schema.additional_properties {
         inside.push(values);
     }
-    inside.into_iter().for_each(|schema| each(schema, change));
+    for schema in inside {
+        each(schema, change);
+    }
 }
 
 /// A doc comment without the line breaks that the width of the source gave it: `kubectl explain` has a width

@@ -30,5 +30,9 @@ pub const CONTROLLER_MANAGER: &str = "gemini-batch-controller";
 /// On the output object: UID of the job it was made for. An object without ours is never written to.
 pub const JOB_UID_ANNOTATION: &str = "geminibatch.dev/job-uid";
 
+/// On a job whose input is a `geminiFile` and whose submission stays unconfirmed: the user says, by the send's id,
+/// that it may be sent again. The operator can't delete such a file, and so can't make sure that it fails.
+pub const RESEND_ANNOTATION: &str = "geminibatch.dev/resend";
+
 /// On the output object: name of the job it was made for.
 pub const JOB_NAME_ANNOTATION: &str = "geminibatch.dev/job-name";

@@ -38,6 +38,8 @@ pub enum Reason {
     OutputTooLarge,
     /// The output object can't be written.
     OutputNotWritable,
+    /// The job was written for a newer operator, or past its schema.
+    Unreadable,
     /// Gemini refuses to create batches for this API key's project.
     PreconditionFailed,
 
@@ -71,13 +73,15 @@ pub enum Reason {
     // --- deletion ---
     /// The batch was cancelled because the job is being deleted.
     Cancelled,
+    /// The job was deleted after its batch had ended.
+    Deleted,
     /// The job was deleted, but its batch could not be cancelled.
     Orphaned,
 }
 
 impl Reason {
     /// All reasons, for documentation and for tests that none is forgotten.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 33] = [
         Self::Submitting,
         Self::Submitted,
         Self::WaitingForQuota,
@@ -94,6 +98,7 @@ impl Reason {
         Self::OutputConflict,
         Self::OutputTooLarge,
         Self::OutputNotWritable,
+        Self::Unreadable,
         Self::PreconditionFailed,
         Self::ModelNotFound,
         Self::InputRefused,
@@ -108,6 +113,7 @@ impl Reason {
         Self::CompletedWithFailures,
         Self::ContradictingCallback,
         Self::Cancelled,
+        Self::Deleted,
         Self::Orphaned,
     ];
 
@@ -131,6 +137,7 @@ impl Reason {
             Self::OutputConflict => "OutputConflict",
             Self::OutputTooLarge => "OutputTooLarge",
             Self::OutputNotWritable => "OutputNotWritable",
+            Self::Unreadable => "Unreadable",
             Self::PreconditionFailed => "PreconditionFailed",
             Self::ModelNotFound => "ModelNotFound",
             Self::InputRefused => "InputRefused",
@@ -145,6 +152,7 @@ impl Reason {
             Self::CompletedWithFailures => "CompletedWithFailures",
             Self::ContradictingCallback => "ContradictingCallback",
             Self::Cancelled => "Cancelled",
+            Self::Deleted => "Deleted",
             Self::Orphaned => "Orphaned",
         }
     }

@@ -155,6 +155,10 @@ pub struct Attempt {
     /// How many sends of this attempt were refused so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refusals: Option<i32>,
+    /// How often a send whose outcome stayed unknown was followed by another one, after its input file was deleted
+    /// so that it must fail.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resends: Option<i32>,
     /// The batch at Gemini.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]

@@ -86,6 +86,7 @@ impl Step<'_> {
                 }
                 Err(e) => self.trouble(memory, "listing batches", &e),
             },
+            Action::Fence { file } => self.fence(file, memory).await,
             Action::ConfirmHinted { batch, attempt } => match self.get(batch).await {
                 Ok(seen) if seen.display_name == attempt.display_name => {
                     memory.trouble = None;
@@ -136,7 +137,7 @@ impl Step<'_> {
             Err(e) if e.is_absent() => match self.list_for(attempt).await {
                 Ok(found) => {
                     let found = found.into_iter().next();
-                    let stage = found.map_or(Stage::NotUploaded, |batch| Stage::Found(Box::new(batch)));
+                    let stage = found.map_or(Stage::Unsent, |batch| Stage::Found(Box::new(batch)));
                     set_stage(memory, attempt, stage);
                 }
                 Err(e) => return self.trouble(memory, "listing batches", &e),
@@ -278,7 +279,42 @@ impl Step<'_> {
         let index =
             usize::try_from(before.listings).unwrap_or(usize::MAX).min(pauses.len().saturating_sub(1));
         let pause = pauses.get(index).copied().unwrap_or(self.ctx.timings.trouble_longest);
-        Search { listings: before.listings + 1, next: Some(after(self.ctx.clock.now(), pause)), ..before }
+        let now = self.ctx.clock.now();
+        let search = Search { listings: before.listings + 1, next: Some(after(now, pause)), ..before };
+        if !self.same_key(attempt) {
+            return search;
+        }
+        Search {
+            own_listings: search.own_listings + 1,
+            since: search.since.or(Some(now)),
+            listed_behind_fence: search.fenced,
+            ..search
+        }
+    }
+
+    /// Deletes the input of a send that was not found, and sees it gone.
+    async fn fence(&self, file: &str, memory: &mut Memory) {
+        let Some(attempt) = decide::current_attempt(self.job) else { return };
+        let Some((key, name)) = self.key_and_file(file) else { return };
+        match self.ctx.gemini.delete_file(key, &name).await {
+            Ok(()) => {}
+            Err(e) if e.is_absent() && self.is_own_key() => {}
+            Err(e) => return self.trouble(memory, "deleting the input file of an unconfirmed batch", &e),
+        }
+        match self.ctx.gemini.get_file(key, &name).await {
+            Err(e) if e.is_absent() && self.is_own_key() => {}
+            Err(e) => return self.trouble(memory, "seeing the input file of an unconfirmed batch gone", &e),
+            Ok(_) => {
+                let still = gemini::Error::local("the file is still there");
+                return self.trouble(memory, "deleting the input file of an unconfirmed batch", &still);
+            }
+        }
+        tracing::warn!(target: "audit", namespace = self.job.namespace(), job = self.job.name_any(), display_name = attempt.display_name, file, "create: fenced");
+        self.ctx.metrics.fenced.inc();
+        memory.trouble = None;
+        if let Some(Send { stage: Stage::Unsure(search), .. }) = &mut memory.send {
+            search.fenced = true;
+        }
     }
 
     async fn probe(&self, memory: &mut Memory) {

@@ -15,8 +15,8 @@ use super::identity;
 use super::memory::{Absent, Cleanup, Memory, OutputObject, Refused, Remote, Search, Stage, Trouble, after};
 use super::{InputFacts, Problem, Timings};
 use crate::api::{
-    Attempt, Callback, FINALIZER, GeminiBatchJob, OutputStatus, Reason, Refusal, RefusedCall, RequestCounts,
-    Usage, conditions,
+    Attempt, Callback, FINALIZER, GeminiBatchJob, OutputStatus, RESEND_ANNOTATION, Reason, Refusal,
+    RefusedCall, RequestCounts, Usage, conditions,
 };
 use crate::gemini::{Batch, BatchName, BatchState};
 
@@ -69,6 +69,7 @@ impl Decision {
                 Action::UploadInput { .. } => "UploadInput",
                 Action::CreateBatch { .. } => "CreateBatch",
                 Action::FindBatch { .. } => "FindBatch",
+                Action::Fence { .. } => "Fence",
                 Action::ConfirmHinted { .. } => "ConfirmHinted",
                 Action::ProbeCredential => "ProbeCredential",
                 Action::GetBatch { .. } => "GetBatch",
@@ -142,6 +143,11 @@ pub enum Action {
     FindBatch {
         /// The recorded intent.
         attempt: Box<Attempt>,
+    },
+    /// Delete the input file of a send whose outcome is unknown, and see it gone.
+    Fence {
+        /// Name of the file.
+        file: String,
     },
     /// GET the batch that a callback names and see whether it is ours.
     ConfirmHinted {
@@ -266,7 +272,11 @@ pub fn needs_input(job: &GeminiBatchJob, memory: &Memory) -> bool {
         Some(a) if a.batch_name.is_some() => false,
         Some(a) if a.refusal.is_some() => true,
         // Uploaded: with another key the send begins anew.
-        Some(a) => matches!(stage_of(a, memory), Some(Stage::NotUploaded | Stage::Uploaded { .. })),
+        Some(a) => match stage_of(a, memory) {
+            Some(Stage::NotUploaded | Stage::Unsent | Stage::Uploaded { .. }) => true,
+            Some(Stage::Unsure(search)) => search.listed_behind_fence || resend_asked(job, a),
+            _ => false,
+        },
     }
 }
 
@@ -312,7 +322,7 @@ pub fn decide(o: &Observed<'_>, now: Timestamp) -> Decision {
 
 fn before_submission(o: &Observed<'_>, now: Timestamp) -> Decision {
     match ready_to_send(o, now) {
-        Ok((fingerprint, input)) => intend(o, None, fingerprint, input, now),
+        Ok((fingerprint, input)) => intend(o, None, false, fingerprint, input, now),
         Err(decision) => *decision,
     }
 }
@@ -359,6 +369,7 @@ fn reserve(o: &Observed<'_>, name: &str) -> Action {
 fn intend(
     o: &Observed<'_>,
     before: Option<&Attempt>,
+    resent: bool,
     fingerprint: &str,
     input: Option<&InputFacts>,
     now: Timestamp,
@@ -383,6 +394,7 @@ fn intend(
         intent_time: MicroTime(now),
         refusal: None,
         refusals: before.and_then(|a| a.refusals),
+        resends: before.map(|a| a.resends.unwrap_or(0) + i32::from(resent)).filter(|n| *n > 0),
         batch_name: None,
         create_time: None,
         end_time: None,
@@ -441,10 +453,7 @@ fn refused(o: &Observed<'_>, a: &Attempt, refusal: &Refusal, now: Timestamp) -> 
             wake: Wake::At(refusal.retry_time.0),
         };
     }
-    match ready_to_send(o, now) {
-        Ok((fingerprint, input)) => intend(o, Some(a), fingerprint, input, now),
-        Err(decision) => *decision,
-    }
+    resend(o, a, false, now)
 }
 
 /// The intent is recorded, the name of the batch is not.
@@ -472,13 +481,14 @@ fn submitting(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> Decision {
     match stage {
         Some(Stage::NotUploaded) => match &o.input {
             // Nothing was sent: with another key or another input the send begins anew.
-            _ if another_key => resend(o, a, now),
-            Some(Ok(input)) if a.input_sha256.as_ref() != Some(&input.sha256) => resend(o, a, now),
+            _ if another_key => resend(o, a, false, now),
+            Some(Ok(input)) if a.input_sha256.as_ref() != Some(&input.sha256) => resend(o, a, false, now),
             Some(Ok(_)) => Decision::Act(Action::UploadInput { file: a.input_file.clone() }),
             Some(Err(problem)) => stalled(problem),
             None => Decision::Wait { say: None, wake: Wake::At(now) },
         },
-        Some(Stage::Uploaded { .. }) if another_key => resend(o, a, now),
+        Some(Stage::Unsent) => resend(o, a, false, now),
+        Some(Stage::Uploaded { .. }) if another_key => resend(o, a, false, now),
         Some(Stage::Uploaded { file }) if *file != a.input_file => {
             record(Change::InputFile { file: file.clone() })
         }
@@ -507,26 +517,52 @@ fn file_would_prove(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> bool {
         && after(a.intent_time.0, o.timings.absent_file_proves) > now
 }
 
-/// The send of this attempt never left: the next one may carry another key or another input.
-fn resend(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> Decision {
+/// The send of this attempt never left, was refused, or can't succeed any more (`fenced`): the next one has names
+/// of its own, and may carry another key or another input.
+fn resend(o: &Observed<'_>, a: &Attempt, fenced: bool, now: Timestamp) -> Decision {
     match ready_to_send(o, now) {
-        Ok((fingerprint, input)) => intend(o, Some(a), fingerprint, input, now),
+        Ok((fingerprint, input)) => intend(o, Some(a), fenced, fingerprint, input, now),
         Err(decision) => *decision,
     }
 }
 
-/// The batch may exist: look for it, and never send again. Another key of the same project sees it as well;
+/// The user says that a send with somebody else's file may be repeated.
+fn resend_asked(job: &GeminiBatchJob, a: &Attempt) -> bool {
+    let asked = job.metadata.annotations.as_ref().and_then(|all| all.get(RESEND_ANNOTATION));
+    job.spec.input.gemini_file.is_some() && asked == Some(&a.send_id)
+}
+
+/// The batch may exist: look for it. It is sent again only when it was not found in at least three complete
+/// listings over the time of grace, its input file is gone (a create that is still travelling has no input then, and
+/// must fail), and one more listing after that does not show it either. Another key of the same project sees it as well;
 /// that a key does not see it proves nothing here, whichever it is.
 fn searching(o: &Observed<'_>, a: &Attempt, search: &Search, another_key: bool, now: Timestamp) -> Decision {
     if let Some(batch) = hinted_batch(o.job).filter(|b| search.refuted.as_ref() != Some(b)) {
         return Decision::Act(Action::ConfirmHinted { batch, attempt: Box::new(a.clone()) });
     }
+    let grace_ends = search.since.map(|since| after(since, o.timings.resend_grace));
+    let patient = !another_key && search.own_listings >= 3 && grace_ends.is_some_and(|t| t <= now);
+    let theirs = o.job.spec.input.gemini_file.is_some();
+    if patient && theirs && resend_asked(o.job, a) {
+        return resend(o, a, true, now);
+    }
+    if patient && !theirs {
+        return match (search.fenced, search.listed_behind_fence) {
+            (false, _) => Decision::Act(Action::Fence { file: a.input_file.clone() }),
+            (true, false) => Decision::Act(Action::FindBatch { attempt: Box::new(a.clone()) }),
+            (true, true) => resend(o, a, true, now),
+        };
+    }
     match search.next {
         Some(next) if next > now => {
+            // No later than the grace ends.
+            let next = grace_ends
+                .filter(|t| *t > now && !theirs && search.own_listings >= 3)
+                .map_or(next, |t| t.min(next));
             let problem = if another_key {
                 ending::credentials_changed("does not show whether Gemini has the batch")
             } else {
-                ending::unconfirmed(a)
+                ending::unconfirmed(a, theirs, o.timings.resend_grace)
             };
             // A key that is put back is not watched.
             let wake = if another_key && next > after(now, o.timings.recheck) {
@@ -789,17 +825,34 @@ fn deleting(o: &Observed<'_>, now: Timestamp) -> Decision {
     if let Some(name) = output_name(o.job).filter(|_| !cleanup.output_released) {
         return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
     }
-    let event = cleanup
-        .cancelled
-        .then(|| Problem::new(Reason::Cancelled, "the batch was cancelled because the job is being deleted"));
+    let event = match ended_batch(o) {
+        Some(batch) => Some(ending::deleted_after_end(batch)),
+        None if !cleanup.cancelled => {
+            current_attempt(o.job).filter(|a| is_unsure(o, a)).map(ending::deleted_unconfirmed)
+        }
+        None => cleanup.cancelled.then(|| {
+            Problem::new(Reason::Cancelled, "the batch was cancelled because the job is being deleted")
+        }),
+    };
     record(Change::DropFinalizer { event })
+}
+
+/// The batch, if the last GET said that it is over: then there is nothing to cancel.
+fn ended_batch<'a>(o: &'a Observed<'_>) -> Option<&'a Batch> {
+    match &o.memory.remote {
+        Some(Remote::Seen(batch)) if batch.is_terminal() => Some(batch),
+        _ => None,
+    }
 }
 
 /// Takes one step of the clean-up, or says what stands in its way.
 fn clean_up(o: &Observed<'_>, a: &Attempt, action: Action, deadline: Timestamp, now: Timestamp) -> Decision {
     let soon = if after(now, o.timings.recheck) >= deadline { Wake::At(deadline) } else { Wake::Recheck };
     match (&o.credential, &o.memory.cleanup.failed) {
-        (Err(problem), _) => Decision::Wait { say: Some(Box::new(waiting(problem, true))), wake: soon },
+        (Err(problem), _) => {
+            let problem = ending::deleted_without_key(a, problem, deadline);
+            Decision::Wait { say: Some(Box::new(waiting(&problem, true))), wake: soon }
+        }
         (Ok(fingerprint), Some(tries)) if tries.next > now => {
             // The first failure is not worth a write.
             let say = if *fingerprint == a.credential_fingerprint {
@@ -819,7 +872,7 @@ fn stop_batch(o: &Observed<'_>, a: &Attempt) -> Option<Action> {
     if let Some(batch) = cleanup.to_cancel.first() {
         return Some(Action::CancelBatch { batch: batch.clone() });
     }
-    if let Some(batch) = known_batch(o, a).filter(|_| !cleanup.cancelled) {
+    if let Some(batch) = known_batch(o, a).filter(|_| !cleanup.cancelled && ended_batch(o).is_none()) {
         return Some(Action::CancelBatch { batch });
     }
     // Of a send with unknown outcome: list and cancel; then delete the input file, so that a create that

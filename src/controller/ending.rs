@@ -13,7 +13,10 @@ use super::collect::Collected;
 use super::decide::Results;
 use super::memory::{Refused, after};
 use crate::api::conditions::cut;
-use crate::api::{Attempt, GeminiBatchJob, OutputStatus, Reason, Refusal, RefusedCall, RequestCounts, State};
+use crate::api::{
+    Attempt, GeminiBatchJob, OutputStatus, RESEND_ANNOTATION, Reason, Refusal, RefusedCall, RequestCounts,
+    State,
+};
 use crate::gemini::{Batch, BatchName, BatchState, Error, Hint};
 
 /// Until then the result file is certain to exist: the shortest life that was ever reported. (Google's
@@ -87,9 +90,11 @@ fn verdict(
                  status.output.fileName names it"
                     .to_owned(),
             ),
-            Some(c) if counts.succeeded == 0 => {
-                (State::Failed, Reason::AllRequestsFailed, format!("no request has a response{}", details(c)))
-            }
+            Some(c) if counts.succeeded == 0 => (
+                State::Failed,
+                Reason::AllRequestsFailed,
+                format!("no request has a response{}", details(c, counts)),
+            ),
             Some(c) => {
                 let reason =
                     if counts.failed > 0 { Reason::CompletedWithFailures } else { Reason::Completed };
@@ -100,7 +105,7 @@ fn verdict(
                         counts.succeeded, counts.total
                     ),
                 };
-                (State::Succeeded, reason, message + &details(c))
+                (State::Succeeded, reason, message + &details(c, counts))
             }
         },
         Some(BatchState::Expired) => (
@@ -129,7 +134,7 @@ fn verdict(
 }
 
 /// What is odd about the results, each part only where there is something to say.
-fn details(c: &Collected) -> String {
+fn details(c: &Collected, counts: RequestCounts) -> String {
     let mut text = String::new();
     if !c.failed.is_empty() {
         let named: Vec<String> = c
@@ -153,6 +158,10 @@ fn details(c: &Collected) -> String {
             more(c.missing_keys, named.len())
         );
     }
+    let without = counts.total - c.succeeded_lines - c.failed_lines;
+    if !c.joined && without > 0 {
+        let _ = write!(text, "; {without} without any result, and without the input it can't be told which");
+    }
     for (count, what) in [
         (c.duplicate_lines, "lines repeat a key (the first one counts)"),
         (c.foreign_lines, "lines have a key that was not sent"),
@@ -164,8 +173,8 @@ fn details(c: &Collected) -> String {
     }
     if !c.joined && c.input_changed {
         text.push_str(
-            "; the input was changed after the submission, so the results are stored as they came, not joined \
-             with it",
+            "; the input was changed after the submission, or can't be read any more, so the results are stored as \
+             they came, not joined with it",
         );
     }
     text
@@ -260,7 +269,14 @@ pub fn refusal_problem(refusal: &Refusal) -> Problem {
                 ),
             );
         }
-        _ => format!("Gemini refused {call} (HTTP {code}); nothing was created, it is tried again"),
+        "InputFileNotFound" => format!(
+            "Gemini did not find what {call} needs (HTTP {code}); nothing was created, it is tried again with a new input \
+             file. If this stays so, see whether spec.model takes batches with this API key"
+        ),
+        _ => format!(
+            "Gemini refused {call} (HTTP {code}); nothing was created, it is tried again. If this stays so, see whether \
+             the API key's project, location and billing allow batches"
+        ),
     };
     let reason = Reason::ALL.into_iter().find(|r| r.as_str() == refusal.reason);
     Problem::new(reason.unwrap_or(Reason::PreconditionFailed), text)
@@ -268,12 +284,25 @@ pub fn refusal_problem(refusal: &Refusal) -> Problem {
 
 /// It is not known whether the batch was created.
 #[must_use]
-pub fn unconfirmed(a: &Attempt) -> Problem {
+pub fn unconfirmed(a: &Attempt, theirs: bool, grace: SignedDuration) -> Problem {
+    let again = if theirs {
+        format!(
+            "Its input is not the operator's to delete, so nothing can make sure that a late creation fails, and it is \
+             not sent again by itself. If you are sure, annotate the job with {RESEND_ANNOTATION}={}",
+            a.send_id
+        )
+    } else {
+        format!(
+            "If it stays unfound for {} minutes, its input file is deleted, so that a late creation must fail, and only \
+             then it is sent again",
+            grace.as_mins()
+        )
+    };
     Problem::new(
         Reason::SubmissionUnconfirmed,
         format!(
             "it is not known whether Gemini created the batch: its answer was lost. It is looked for under the \
-             display name {}, and not sent again, so that it is not paid for twice. To give it up, delete this job",
+             display name {}, so that it is not paid for twice. {again}. To give it up, delete this job",
             a.display_name
         ),
     )
@@ -345,6 +374,48 @@ pub fn contradicted(a: &Attempt, event: &str, seen: Option<&Batch>) -> Problem {
     )
 }
 
+/// The job is being deleted, and there is no key to cancel its batch with.
+#[must_use]
+pub fn deleted_without_key(a: &Attempt, problem: &Problem, deadline: Timestamp) -> Problem {
+    let batch = a.batch_name.as_deref().unwrap_or("its batch");
+    Problem::new(
+        problem.reason,
+        format!(
+            "the job is being deleted, but {batch} can't be cancelled: {}. It is tried until {}; then the job goes, and \
+             the batch may go on at Gemini",
+            problem.message,
+            deadline.strftime("%Y-%m-%dT%H:%M:%SZ")
+        ),
+    )
+}
+
+/// The job was deleted while nobody knew whether it has a batch.
+#[must_use]
+pub fn deleted_unconfirmed(a: &Attempt) -> Problem {
+    Problem::new(
+        Reason::Deleted,
+        format!(
+            "it was never confirmed that Gemini had created the batch {}: it was looked for twice and not found, and its \
+             input file was deleted in between, so that a creation under way must fail",
+            a.display_name
+        ),
+    )
+}
+
+/// The job was deleted after its batch had ended and before its results were where they should be.
+#[must_use]
+pub fn deleted_after_end(batch: &Batch) -> Problem {
+    let results = if batch.state == BatchState::Succeeded {
+        format!("; its results stay with Gemini for a while, in {}", batch.output_file_or_derived())
+    } else {
+        String::new()
+    };
+    Problem::new(
+        Reason::Deleted,
+        format!("the job was deleted when {} had ended as {}{results}", batch.name, batch.state.as_str()),
+    )
+}
+
 /// The job is being deleted, and Gemini does not do its part yet.
 #[must_use]
 pub fn not_cleaned_up(deadline: Timestamp) -> Problem {
@@ -398,7 +469,7 @@ pub fn refusal_of(call: RefusedCall, error: &Error, job: &GeminiBatchJob) -> Opt
             // Ours expired between two sends: the next one uploads it again.
             None => (Problem::new(Reason::InputFileNotFound, ""), false),
         }
-    } else if call == RefusedCall::Create && error.http_code() == 404 {
+    } else if call == RefusedCall::Create && error.http_code() == 404 && error.hint() == Some(Hint::Model) {
         (
             Problem::new(
                 Reason::ModelNotFound,
@@ -409,7 +480,10 @@ pub fn refusal_of(call: RefusedCall, error: &Error, job: &GeminiBatchJob) -> Opt
             ),
             true,
         )
-    } else if error.is_precondition() || error.http_code() != 400 {
+    } else if call == RefusedCall::Create && error.http_code() == 404 {
+        // A model or a file, it does not say which: the next send uploads the file again.
+        (Problem::new(Reason::InputFileNotFound, ""), false)
+    } else if call == RefusedCall::Upload || error.is_precondition() || error.http_code() != 400 {
         (Problem::new(Reason::PreconditionFailed, ""), false)
     } else {
         (Problem::new(Reason::InputRefused, refused_input(error)), true)
@@ -417,7 +491,7 @@ pub fn refusal_of(call: RefusedCall, error: &Error, job: &GeminiBatchJob) -> Opt
 }
 
 fn refused_input(error: &Error) -> String {
-    let mut text = "Gemini refused the input".to_owned();
+    let mut text = format!("Gemini refused the input (HTTP {})", error.http_code());
     for (index, line) in error.lines().iter().enumerate() {
         let _ = write!(text, "{} line {}: {}", if index == 0 { ":" } else { ";" }, line.line, line.what);
     }

@@ -35,7 +35,16 @@ pub fn from_requests(requests: &[InputRequest], max_bytes: u64) -> Result<Input,
     for (index, item) in requests.iter().enumerate() {
         let request = match (&item.prompt, &item.request) {
             (Some(prompt), None) => json!({"contents": [{"role": "user", "parts": [{"text": prompt}]}]}),
-            (None, Some(request)) => request.clone(),
+            (None, Some(request)) if request.is_object() => request.clone(),
+            (None, Some(_)) => {
+                return Err(Problem::new(
+                    Reason::InputInvalid,
+                    format!(
+                        "spec.input.requests[{index}] has a request that is not an object: it must be a \
+                         GenerateContentRequest, like {{\"contents\": […]}}"
+                    ),
+                ));
+            }
             _ => {
                 return Err(Problem::new(
                     Reason::InputInvalid,
@@ -165,6 +174,17 @@ mod tests {
             json!({"key": "a", "request": {"contents": [{"role": "user", "parts": [{"text": "Hi"}]}]}})
         );
         assert_eq!(input.keys, ["a"]);
+    }
+
+    #[test]
+    fn a_request_in_the_job_that_is_no_object_is_named() {
+        let item = InputRequest { key: "a".into(), prompt: None, request: Some(json!("SECRET")) };
+        let message = from_requests(&[item], LIMIT).unwrap_err().message;
+        assert!(
+            message.starts_with("spec.input.requests[0] has a request that is not an object"),
+            "{message}"
+        );
+        assert!(!message.contains("SECRET") && !message.contains("line"), "{message}");
     }
 
     #[test]

@@ -51,6 +51,9 @@ pub struct Send {
 pub enum Stage {
     /// The file is not at Gemini, so the batch can't have been asked for.
     NotUploaded,
+    /// The same, found out by another process than the one that recorded the intent. It may have been deleted as
+    /// a fence against this very send: the next one needs another name.
+    Unsent,
     /// The file is there under this name, and this process has not asked for the batch.
     Uploaded {
         /// The name that Gemini gave it.
@@ -75,6 +78,14 @@ pub struct Search {
     pub next: Option<Timestamp>,
     /// A batch that a callback named, was looked at and is not ours.
     pub refuted: Option<BatchName>,
+    /// Those of them that were made with the key of the send: with any other one they prove nothing.
+    pub own_listings: u32,
+    /// When the first of these was made.
+    pub since: Option<Timestamp>,
+    /// The send's input file is gone: a create that is still travelling must fail.
+    pub fenced: bool,
+    /// A complete listing since then did not show it either.
+    pub listed_behind_fence: bool,
     /// The search began after a restart with another API key, which proves nothing about the input file:
     /// that is still to be asked for with the right one.
     pub file_unasked: bool,

@@ -11,6 +11,12 @@ pub struct Metrics {
     pub hints_waiting: Gauge,
     /// Callbacks that were acted on: Gemini was asked until it confirmed the end, or often enough.
     pub hints_observed: Counter,
+    /// Sends with unknown outcome whose input file was deleted, so that they must fail.
+    pub fenced: Counter,
+    /// Batches that were cancelled because another one is recorded for their attempt.
+    pub duplicates_healed: Counter,
+    /// Errors of the watch of jobs.
+    pub watch_errors: Counter,
     /// Callbacks that came after the end and said otherwise.
     pub contradictions: Counter,
     /// Times that the key ring's Secret had vanished and was written back.
@@ -31,6 +37,21 @@ impl Metrics {
             "callback_hints_observed",
             "Callbacks that were acted on to their end: it was confirmed, or Gemini went on saying that the batch runs",
             m.hints_observed.clone(),
+        );
+        registry.register(
+            "submissions_fenced",
+            "Sends with unknown outcome whose input file was deleted, so that they must fail",
+            m.fenced.clone(),
+        );
+        registry.register(
+            "duplicates_healed",
+            "Batches that were cancelled because another one is recorded for their attempt",
+            m.duplicates_healed.clone(),
+        );
+        registry.register(
+            "watch_errors",
+            "Errors of the list or watch of jobs; while they last, no job goes on",
+            m.watch_errors.clone(),
         );
         registry.register(
             "callback_contradictions",

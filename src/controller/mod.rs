@@ -25,6 +25,7 @@ pub mod report;
 pub mod ring;
 pub mod run;
 pub mod sweep;
+pub mod watched;
 
 use jiff::SignedDuration;
 
@@ -64,6 +65,9 @@ pub struct Timings {
     pub look_window: SignedDuration,
     /// Pauses between listings for a batch that may exist; the last one repeats.
     pub search_pauses: Vec<SignedDuration>,
+    /// A send that is not found is sent again only after so long since this process first looked for it, and
+    /// behind a fence. Longer than a create may take and a lease lasts.
+    pub resend_grace: SignedDuration,
     /// Pauses between tries to read a result file; the last one repeats.
     pub result_pauses: Vec<SignedDuration>,
     /// After this long without its result file a job says that it is stalled. A batch that did not succeed, but
@@ -100,6 +104,7 @@ impl Default for Timings {
             hint_pauses: seconds(&[5, 30, 120]),
             look_window: SignedDuration::from_mins(1),
             search_pauses: seconds(&[5, 10, 30, 60, 120, 300, 600]),
+            resend_grace: SignedDuration::from_mins(10),
             result_pauses: seconds(&[1, 2, 4, 8, 15, 30, 60, 120, 300, 600]),
             result_late: SignedDuration::from_mins(10),
             result_patience: SignedDuration::from_hours(24),

@@ -49,8 +49,8 @@ pub async fn reserve(client: &Client, job: &GeminiBatchJob, name: &str) -> Resul
                 let mine = object(job, name, None, there.resource_version());
                 write(maps.replace(name, &post(), &mine).await, name)
             }
-            Some(there) => Ok(Done::Blocked(conflict(name, &there))),
-            None => Ok(Done::Blocked(not_writable(name, "it is being deleted"))),
+            Some(there) => Ok(Done::Blocked(conflict(job, name, &there))),
+            None => Ok(Done::Blocked(not_writable(name, "it was being deleted", "it is tried again"))),
         },
         Err(e) => write(Err(e), name),
     }
@@ -79,7 +79,7 @@ pub async fn store(
             let full = object(job, name, Some(data), there.resource_version());
             write(maps.replace(name, &post(), &full).await, name)
         }
-        Some(there) => Ok(Done::Blocked(conflict(name, &there))),
+        Some(there) => Ok(Done::Blocked(conflict(job, name, &there))),
         None => write(maps.create(&post(), &object(job, name, Some(data), None)).await, name),
     }
 }
@@ -116,7 +116,7 @@ pub fn manifest(job: &GeminiBatchJob, collected: &Collected, counts: RequestCoun
             "total": counts.total,
             "succeeded": counts.succeeded,
             "failed": collected.failed_lines,
-            "missing": collected.missing_keys,
+            "missing": counts.total - collected.succeeded_lines - collected.failed_lines,
         },
         "joined": collected.joined,
         "unmatchedLines": {
@@ -174,32 +174,47 @@ fn is_empty(there: &ConfigMap) -> bool {
         && there.binary_data.as_ref().is_none_or(BTreeMap::is_empty)
 }
 
-fn conflict(name: &str, there: &ConfigMap) -> Problem {
+fn conflict(job: &GeminiBatchJob, name: &str, there: &ConfigMap) -> Problem {
     let whose = match there.annotations().get(JOB_NAME_ANNOTATION) {
-        Some(job) => format!("holds the results of another job, {job}"),
+        Some(other) if *other == job.name_any() => {
+            "holds the results of an earlier job of the same name, which has been deleted".to_owned()
+        }
+        Some(other) => format!("holds the results of another job, {other}"),
         None => "exists and was not made by this operator".to_owned(),
     };
     Problem::new(
         Reason::OutputConflict,
         format!(
-            "ConfigMap {name} {whose}, so it is not written to: name another one in spec.output, or delete it"
+            "ConfigMap {name} {whose}, so it is not written to: name another one in spec.output, or, if what it holds \
+             is not needed any more, delete it"
         ),
     )
 }
 
-fn not_writable(name: &str, why: &str) -> Problem {
-    Problem::new(Reason::OutputNotWritable, format!("ConfigMap {name} can't be written: {why}"))
+fn not_writable(name: &str, why: &str, what_to_do: &str) -> Problem {
+    Problem::new(
+        Reason::OutputNotWritable,
+        format!("ConfigMap {name} can't be written ({why}): {what_to_do}"),
+    )
 }
 
 /// Turns a refusal of the API server into something to say; what may pass stays an error.
 fn write(answer: Result<ConfigMap, kube::Error>, name: &str) -> Result<Done, kube::Error> {
-    match answer {
-        Ok(_) => Ok(Done::Yes),
-        Err(kube::Error::Api(status)) if matches!(status.code, 403 | 404 | 413 | 422) => {
-            Ok(Done::Blocked(not_writable(name, &status.message)))
+    let status = match answer {
+        Ok(_) => return Ok(Done::Yes),
+        Err(kube::Error::Api(status)) => status,
+        Err(e) => return Err(e),
+    };
+    let what_to_do = match status.code {
+        403 => {
+            "an administrator has to allow it: a quota, an admission policy, a namespace that is being deleted, or a \
+             missing role of the operator"
         }
-        Err(e) => Err(e),
-    }
+        404 => "the namespace is being deleted",
+        413 | 422 => "change spec.output",
+        _ => return Err(kube::Error::Api(status)),
+    };
+    Ok(Done::Blocked(not_writable(name, &status.message, what_to_do)))
 }
 
 /// Whether the API server answered with that code.

@@ -47,6 +47,32 @@ pub async fn write(
     }
 }
 
+/// Writes a change of the status without reading the job's answer, for a job that can't be read. Returns whether
+/// there was anything to write.
+pub async fn write_blindly(
+    client: &Client,
+    cached: &GeminiBatchJob,
+    change: &Change,
+    now: Timestamp,
+) -> Result<bool, kube::Error> {
+    let before = cached.status.clone().unwrap_or_default();
+    let mut after = compose(&before, cached.metadata.generation.unwrap_or(0), change, now);
+    if same_but_for_times(&before, &after) {
+        return Ok(false);
+    }
+    after.callback = None; // the receivers' field
+    let request = http::Request::patch(format!(
+        "{}/{}/status?fieldManager={CONTROLLER_MANAGER}&force=true",
+        GeminiBatchJob::url_path(&(), cached.namespace().as_deref()),
+        cached.name_any()
+    ))
+    .header(http::header::CONTENT_TYPE, "application/apply-patch+yaml")
+    .body(serde_json::to_vec(&body(cached, &after)).map_err(kube::Error::SerdeError)?)
+    .map_err(kube::Error::HttpError)?;
+    client.request::<serde::de::IgnoredAny>(request).await?;
+    Ok(true)
+}
+
 async fn finalizers(
     jobs: &Api<GeminiBatchJob>,
     job: &GeminiBatchJob,
@@ -63,14 +89,17 @@ async fn apply(
     mut status: GeminiBatchJobStatus,
 ) -> Result<GeminiBatchJob, kube::Error> {
     status.callback = None; // the receivers' field
-    let patch = json!({
+    let params = PatchParams::apply(CONTROLLER_MANAGER).force();
+    jobs.patch_status(&job.name_any(), &params, &Patch::Apply(&body(job, &status))).await
+}
+
+fn body(job: &GeminiBatchJob, status: &GeminiBatchJobStatus) -> serde_json::Value {
+    json!({
         "apiVersion": GeminiBatchJob::api_version(&()),
         "kind": GeminiBatchJob::kind(&()),
         "metadata": {"name": job.name_any(), "resourceVersion": job.resource_version()},
         "status": status,
-    });
-    let params = PatchParams::apply(CONTROLLER_MANAGER).force();
-    jobs.patch_status(&job.name_any(), &params, &Patch::Apply(&patch)).await
+    })
 }
 
 /// The status after the change.
@@ -266,7 +295,8 @@ pub fn event(change: &Change) -> Option<(Reason, String, bool)> {
             Some((problem.reason, problem.message, false))
         }
         Change::DropFinalizer { event: Some(problem) } => {
-            Some((problem.reason, problem.message.clone(), problem.reason == Reason::Cancelled))
+            let normal = matches!(problem.reason, Reason::Cancelled | Reason::Deleted);
+            Some((problem.reason, problem.message.clone(), normal))
         }
         _ => None,
     }

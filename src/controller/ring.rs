@@ -19,7 +19,8 @@ use kube::{Api, Client, ResourceExt as _};
 use tokio_util::sync::CancellationToken;
 
 use super::decide;
-use super::run::{Context, Guarded};
+use super::run::Context;
+use super::watched::Watched;
 use crate::api::{CONTROLLER_MANAGER, GeminiBatchJob};
 use crate::callback::keyring::{KeyRing, KeyRingError, SECRET_KEY};
 
@@ -145,12 +146,15 @@ pub async fn ensure(client: &Client, place: &Place, now: Timestamp) -> Result<Ke
 
 /// Unfinished jobs whose callbacks and API keys depend on a ring.
 async fn submitted_jobs(client: &Client, namespace: Option<&str>) -> Result<usize, kube::Error> {
-    let jobs: Api<GeminiBatchJob> = match namespace {
+    let jobs: Api<Watched> = match namespace {
         None => Api::all(client.clone()),
         Some(namespace) => Api::namespaced(client.clone(), namespace),
     };
     match jobs.list(&ListParams::default()).await {
-        Ok(list) => Ok(list.iter().filter(|job| submitted(job).is_some()).count()),
+        // One that can't be read may need the ring as well.
+        Ok(list) => {
+            Ok(list.iter().filter(|job| job.0.as_ref().map_or(true, |j| submitted(j).is_some())).count())
+        }
         Err(e) if super::output::is(&e, 404) => Ok(0), // no CRD yet, so no jobs
         Err(e) => Err(e),
     }
@@ -189,13 +193,14 @@ pub async fn rotate(
 
 /// Reads the ring again now and then, so that a rotated one is used; writes it back if it has vanished;
 /// removes keys that nothing needs any more. `store` is the watch's cache of jobs.
-pub async fn keep_current(ctx: Arc<Context>, place: Place, store: Store<Guarded>, stop: CancellationToken) {
+pub async fn keep_current(ctx: Arc<Context>, place: Place, store: Store<Watched>, stop: CancellationToken) {
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             () = ctx.clock.sleep(REREAD) => {}
         }
-        if let Err(error) = once(&ctx, &place, &store).await {
+        let Some(done) = stop.run_until_cancelled(once(&ctx, &place, &store)).await else { return };
+        if let Err(error) = done {
             tracing::error!(%error, "the key ring could not be read again; the one in memory is used on");
         }
     }
@@ -216,7 +221,7 @@ pub async fn reread(ctx: &Context, place: &Place) -> Result<(), RingError> {
     Ok(())
 }
 
-async fn once(ctx: &Context, place: &Place, store: &Store<Guarded>) -> Result<(), RingError> {
+async fn once(ctx: &Context, place: &Place, store: &Store<Watched>) -> Result<(), RingError> {
     let secret = place.secret.as_str();
     let failed = |cause| RingError::Kubernetes { secret: secret.to_owned(), cause };
     let secrets: Api<Secret> = Api::namespaced(ctx.client.clone(), &place.namespace);
@@ -242,12 +247,12 @@ async fn once(ctx: &Context, place: &Place, store: &Store<Guarded>) -> Result<()
 }
 
 /// The earliest submission of an unfinished job, from the whole cache.
-async fn oldest_submitted(store: &Store<Guarded>) -> Option<Timestamp> {
+async fn oldest_submitted(store: &Store<Watched>) -> Option<Timestamp> {
     // Without a complete list nothing may be concluded: a job from before all times keeps every key.
     if store.wait_until_ready().await.is_err() {
         return Some(Timestamp::MIN);
     }
-    let unfinished = |object: &Arc<Guarded>| match &object.0 {
+    let unfinished = |object: &Arc<Watched>| match &object.0 {
         Ok(job) => submitted(job),
         Err(_) => Some(Timestamp::MIN), // can't be read: it may need any of them
     };

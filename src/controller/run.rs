@@ -1,10 +1,10 @@
 //! Drives observe -> decide -> act -> report for each job, and keeps the watch. Client required.
 //!
-//! The cache holds no payload: `spec.input` and `managedFields` are stripped before an object is stored,
-//! and a reconcile works on a fresh GET. Jobs at rest (finished, or running with nothing new) are
+//! The cache holds no payload (see [`super::watched`]), and a reconcile works on a fresh GET. Jobs at rest (finished, or running with nothing new) are
 //! recognised from the cache alone.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -13,8 +13,7 @@ use futures::channel::mpsc;
 use futures::{Stream, StreamExt as _, TryStreamExt as _};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::ObjectReference;
-use kube::core::DeserializeGuard;
-use kube::runtime::controller::{Action as Requeue, Config};
+use kube::runtime::controller::{self, Action as Requeue, Config};
 use kube::runtime::events::{Event, EventType, Recorder};
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::{Controller, WatchStreamExt as _, reflector, watcher};
@@ -27,20 +26,25 @@ use super::decide::{self, Change, Decision, Observed, Wake};
 use super::memory::{Memory, OutputObject, Send, Stage, after};
 use super::metrics::Metrics;
 use super::observe::{self, Credential};
+use super::watched::Watched;
 use super::{InputFacts, Timings, act, identity, report};
 use crate::api::conditions::cut;
-use crate::api::{GeminiBatchJob, Input as InputSpec, Reason};
+use crate::api::{GeminiBatchJob, Reason};
 use crate::callback::keyring::KeyRing;
 use crate::clock::Clock;
 use crate::crash;
 use crate::gemini;
 use crate::lease::Leadership;
 
-/// A job in the cache; one that can't be read does not stall the others.
-pub type Guarded = DeserializeGuard<GeminiBatchJob>;
-
 /// More steps in one go than any job takes: a guard against a decision that leads nowhere.
 const MAX_STEPS: usize = 64;
+
+/// Of a job that was written for another version.
+const UNREADABLE: &str = "this operator can't read the job: it has fields or values that this version does not know. \
+                          Run an operator at least as new as the CustomResourceDefinition";
+
+/// On shutdown, for the work in hand: less than the 30 s that kubelet gives.
+const DRAIN: Duration = Duration::from_secs(20);
 
 /// Kubernetes cuts an Event's note at 1 KiB.
 const MAX_NOTE_BYTES: usize = 1024;
@@ -71,6 +75,8 @@ pub struct Context {
     pub metrics: Metrics,
     /// Whether this process may do what only the leader may.
     pub leadership: Leadership,
+    /// Whether all jobs have been listed in this turn of leadership.
+    listed: AtomicBool,
     /// What the process remembers of each active job, by UID.
     memories: Mutex<HashMap<String, Memory>>,
     /// Failed calls to the API server in a row, by UID.
@@ -112,6 +118,7 @@ impl Context {
             namespace,
             metrics,
             leadership,
+            listed: AtomicBool::new(false),
             memories: Mutex::default(),
             failures: Mutex::default(),
             swept: Mutex::default(),
@@ -123,6 +130,14 @@ impl Context {
     #[must_use]
     pub fn ring(&self) -> Arc<KeyRing> {
         Arc::clone(&self.ring.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether the controller can do its work: it has seen all jobs, or somebody else leads.
+    pub fn ready(&self) -> Result<(), String> {
+        if !self.leadership.holds() || self.listed.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        Err("the jobs have not been listed yet; if this lasts, the log says why".to_owned())
     }
 
     /// A new turn of leadership knows nothing: somebody else may have acted meanwhile.
@@ -160,17 +175,17 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 /// meanwhile.
 pub async fn run(ctx: Arc<Context>, ring: super::ring::Place, stop: CancellationToken) {
     ctx.forget_all();
+    ctx.listed.store(false, Ordering::Relaxed);
     if let Err(error) = super::ring::reread(&ctx, &ring).await {
         tracing::error!(%error, "the key ring could not be read again; the one in memory is used");
     }
-    let (store, writer) = reflector::store::<Guarded>();
-    let (poke, poked) = mpsc::unbounded::<ObjectRef<Guarded>>();
-    let jobs: Api<Guarded> = match &ctx.namespace {
+    let (store, writer) = reflector::store::<Watched>();
+    let (poke, poked) = mpsc::unbounded::<ObjectRef<Watched>>();
+    let jobs: Api<Watched> = match &ctx.namespace {
         None => Api::all(ctx.client.clone()),
         Some(namespace) => Api::namespaced(ctx.client.clone(), namespace),
     };
-    let stream =
-        visible(watcher(jobs, watcher::Config::default().page_size(100)).modify(strip).reflect(writer));
+    let stream = visible(watcher(jobs, watcher::Config::default().page_size(100)).reflect(writer));
     // Short: after an outage of the API server jobs shall go on soon. One list and one watch are asked for.
     let pauses = ExponentialBuilder::default()
         .with_min_delay(Duration::from_millis(500))
@@ -181,14 +196,38 @@ pub async fn run(ctx: Arc<Context>, ring: super::ring::Place, stop: Cancellation
     let sweep = tokio::spawn(super::sweep::run(Arc::clone(&ctx), store.clone(), poke, stop.child_token()));
     let ring =
         tokio::spawn(super::ring::keep_current(Arc::clone(&ctx), ring, store.clone(), stop.child_token()));
-    Controller::for_stream(stream, store)
+    let listed = store.clone();
+    let controller = Controller::for_stream(stream, store)
         .with_config(Config::default().concurrency(ctx.concurrency))
         .trigger_backoff(watcher::ExponentialBackoff::from(pauses))
         .reconcile_on(poked)
         .graceful_shutdown_on(stop.clone().cancelled_owned())
-        .run(reconcile, on_error, ctx)
-        .for_each(|_| std::future::ready(()))
-        .await;
+        .run(reconcile, on_error, Arc::clone(&ctx))
+        .for_each(|result| {
+            tell(&ctx, result);
+            std::future::ready(())
+        });
+    let listing = async {
+        if listed.wait_until_ready().await.is_ok() {
+            ctx.listed.store(true, Ordering::Relaxed);
+        }
+        std::future::pending::<()>().await;
+    };
+    // Before the first list is there, nothing is in hand, and kube's Controller would wait for it for ever.
+    let bounded = async {
+        stop.cancelled().await;
+        if ctx.listed.load(Ordering::Relaxed) {
+            tokio::time::sleep(DRAIN).await;
+            tracing::warn!(
+                "work in hand took too long and is broken off; the next leader finds out how far it came"
+            );
+        }
+    };
+    tokio::select! {
+        () = controller => {}
+        () = listing => {}
+        () = bounded => {}
+    }
     for (task, name) in [(sweep, "the sweep"), (ring, "the upkeep of the key ring")] {
         if task.await.is_err_and(|e| e.is_panic()) {
             tracing::error!("{name} ended by a panic");
@@ -196,11 +235,26 @@ pub async fn run(ctx: Arc<Context>, ring: super::ring::Place, stop: Cancellation
     }
 }
 
+/// What the Controller says of one turn. Errors of the watch concern all jobs, and somebody has to know.
+fn tell<T>(ctx: &Context, result: Result<T, controller::Error<Error, watcher::Error>>) {
+    let Err(controller::Error::QueueError(error)) = result else { return };
+    ctx.metrics.watch_errors.inc();
+    let text = error.to_string();
+    let change = if text.contains("403") || text.contains("forbidden") {
+        "the operator's account may not list and watch geminibatchjobs: give it the role of the chart"
+    } else if text.contains("404") || text.contains("not found") {
+        "the CustomResourceDefinition is not installed: kubectl apply --server-side -f crds/"
+    } else {
+        "it is tried again"
+    };
+    tracing::error!(error = text, "jobs can't be watched: {change}");
+}
+
 /// Jobs as they become visible in the cache. While a list is being read, the cache shows what was there before
 /// it: a job that was woken then would be judged by its old version, and not be woken again.
 fn visible(
-    events: impl Stream<Item = watcher::Result<watcher::Event<Guarded>>>,
-) -> impl Stream<Item = watcher::Result<Guarded>> {
+    events: impl Stream<Item = watcher::Result<watcher::Event<Watched>>>,
+) -> impl Stream<Item = watcher::Result<Watched>> {
     let mut listed = Vec::new();
     events
         .map_ok(move |event| {
@@ -221,21 +275,6 @@ fn visible(
         .try_flatten()
 }
 
-/// What the cache does not need: payloads.
-fn strip(object: &mut Guarded) {
-    match &mut object.0 {
-        Ok(job) => {
-            job.metadata.managed_fields = None;
-            job.metadata.annotations = None; // `kubectl apply` keeps a copy of the whole object there
-            job.spec.input = InputSpec::default();
-        }
-        Err(invalid) => {
-            invalid.metadata.managed_fields = None;
-            invalid.metadata.annotations = None;
-        }
-    }
-}
-
 /// An error of the API server. It can't be told in the job's status, so it is logged and tried again.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -250,13 +289,15 @@ pub enum Error {
     TooManySteps,
 }
 
-async fn reconcile(cached: Arc<Guarded>, ctx: Arc<Context>) -> Result<Requeue, Error> {
+async fn reconcile(cached: Arc<Watched>, ctx: Arc<Context>) -> Result<Requeue, Error> {
+    let object = Arc::clone(&cached);
     let cached = match &cached.0 {
         Ok(job) => job,
-        Err(invalid) => {
-            let name = invalid.metadata.name.as_deref().unwrap_or_default();
-            let namespace = invalid.metadata.namespace.as_deref().unwrap_or_default();
-            tracing::error!(namespace, job = name, error = %invalid, "this job can't be read; is its CRD newer?");
+        Err(unreadable) => {
+            let name = unreadable.metadata.name.as_deref().unwrap_or_default();
+            let namespace = unreadable.metadata.namespace.as_deref().unwrap_or_default();
+            tracing::error!(namespace, job = name, error = unreadable.error, "{UNREADABLE}");
+            publish(&ctx, &cached.object_ref(&()), Reason::Unreadable, UNREADABLE, false).await;
             return Ok(Requeue::await_change());
         }
     };
@@ -288,11 +329,41 @@ async fn reconcile(cached: Arc<Guarded>, ctx: Arc<Context>) -> Result<Requeue, E
             lock(&ctx.memories).insert(uid, memory);
             Ok(requeue(&ctx, wake))
         }
+        // The whole job can't be read, though the cache can hold it without its payload.
+        Err(Error::Kubernetes(kube::Error::SerdeError(e))) => {
+            lock(&ctx.memories).insert(uid, memory);
+            unreadable(&ctx, &object, cached, &e).await?;
+            Ok(Requeue::await_change())
+        }
         Err(e) => {
             lock(&ctx.memories).insert(uid, memory);
             Err(e)
         }
     }
+}
+
+/// Says what is wrong with a job that can't be read in whole, without reading it.
+async fn unreadable(
+    ctx: &Context,
+    object: &Watched,
+    cached: &GeminiBatchJob,
+    error: &serde_json::Error,
+) -> Result<(), Error> {
+    // Valid JSON from the API server can only be too deep; other errors are about what it means.
+    let problem = if error.is_syntax() {
+        super::Problem::new(
+            Reason::InputInvalid,
+            "a request in spec.input.requests is nested more than 120 levels deep, which this operator can't read: \
+             make it flatter, or put it into a ConfigMap as JSON Lines (spec.input.configMap)",
+        )
+    } else {
+        super::Problem::new(Reason::Unreadable, UNREADABLE)
+    };
+    let say = Change::Waiting { problem: problem.clone(), stalled: true, results: None };
+    if report::write_blindly(&ctx.client, cached, &say, ctx.clock.now()).await? {
+        publish(ctx, &object.object_ref(&()), problem.reason, &problem.message, false).await;
+    }
+    Ok(())
 }
 
 fn forget(ctx: &Context, uid: &str) {
@@ -485,13 +556,13 @@ async fn record(
             message,
             "status"
         );
-        publish(ctx, job, reason, &message, normal).await;
+        publish(ctx, &job.object_ref(&()), reason, &message, normal).await;
     }
     Ok(written)
 }
 
 /// An Event that can't be written must not stop the job: the condition says the same.
-async fn publish(ctx: &Context, job: &GeminiBatchJob, reason: Reason, message: &str, normal: bool) {
+async fn publish(ctx: &Context, about: &ObjectReference, reason: Reason, message: &str, normal: bool) {
     let event = Event {
         type_: if normal { EventType::Normal } else { EventType::Warning },
         reason: reason.as_str().to_owned(),
@@ -499,9 +570,8 @@ async fn publish(ctx: &Context, job: &GeminiBatchJob, reason: Reason, message: &
         action: "Reconcile".to_owned(),
         secondary: None,
     };
-    let about: ObjectReference = job.object_ref(&());
-    if let Err(e) = ctx.recorder.publish(&event, &about).await {
-        tracing::warn!(namespace = job.namespace(), job = job.name_any(), error = %e, "an Event could not be written");
+    if let Err(e) = ctx.recorder.publish(&event, about).await {
+        tracing::warn!(namespace = about.namespace, job = about.name, error = %e, "an Event could not be written");
     }
 }
 
@@ -545,7 +615,7 @@ fn remember(ctx: &Context, change: &Change, ring: &KeyRing, uid: &str, memory: &
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "the signature is the Controller's")]
-fn on_error(object: Arc<Guarded>, error: &Error, ctx: Arc<Context>) -> Requeue {
+fn on_error(object: Arc<Watched>, error: &Error, ctx: Arc<Context>) -> Requeue {
     let uid = object.meta().uid.clone().unwrap_or_default();
     let failures = {
         let mut all = lock(&ctx.failures);

@@ -67,7 +67,7 @@ const MAX_LINES: usize = 10;
 
 impl Error {
     /// Something on our side of the wire. `detail` must not hold URLs, bodies or keys.
-    pub(super) fn local(detail: impl Into<String>) -> Self {
+    pub(crate) fn local(detail: impl Into<String>) -> Self {
         Self {
             code: None,
             status: None,

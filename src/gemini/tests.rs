@@ -66,18 +66,17 @@ fn key() -> ApiKey {
 fn impatient(base: &Url) -> ClientConfig {
     let short = Duration::from_millis(300);
     ClientConfig {
-        base_url: base.clone(),
         request_timeout: short,
         create_timeout: short,
         idle_timeout: short,
         chunk_timeout: short,
         allow_insecure: true,
-        ..ClientConfig::default()
+        ..ClientConfig::new(base.clone())
     }
 }
 
 fn patient(base: &Url) -> ClientConfig {
-    ClientConfig { base_url: base.clone(), allow_insecure: true, ..ClientConfig::default() }
+    ClientConfig { allow_insecure: true, ..ClientConfig::new(base.clone()) }
 }
 
 /// Serves answers made by `answer`, which is given the number of the request and the request.

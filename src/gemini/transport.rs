@@ -37,10 +37,12 @@ pub struct ClientConfig {
     pub allow_insecure: bool,
 }
 
-impl Default for ClientConfig {
-    fn default() -> Self {
+impl ClientConfig {
+    /// The API at that address, with the timeouts that Gemini was seen to need.
+    #[must_use]
+    pub fn new(base_url: Url) -> Self {
         Self {
-            base_url: google(),
+            base_url,
             api_version: "v1beta".to_owned(),
             connect_timeout: Duration::from_secs(10),
             request_timeout: Duration::from_mins(1),
@@ -50,11 +52,6 @@ impl Default for ClientConfig {
             allow_insecure: false,
         }
     }
-}
-
-fn google() -> Url {
-    #[expect(clippy::expect_used, reason = "a constant that the tests parse")]
-    Url::parse("https://generativelanguage.googleapis.com").expect("a valid URL")
 }
 
 /// A configuration that can't work.

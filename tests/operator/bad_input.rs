@@ -139,7 +139,7 @@ async fn an_output_config_map_that_is_not_ours() {
         &env,
         spec(&["x"], Some("out")),
         "OutputConflict",
-        "name another one in spec.output, or delete it",
+        "name another one in spec.output, or, if what it holds is not needed any more, delete it",
         async |env| {
             let there = env.config_maps().get("out").await.unwrap();
             assert_eq!(there.data.unwrap()["precious"], "data");

@@ -1,8 +1,10 @@
 //! The operator is killed at each step, and started again.
 
-use gemini_simulator::Op;
+use std::time::Instant;
 
-use crate::harness::{Env, counts, ready, spec, state};
+use gemini_simulator::{Effect, Fault, Op, Outcome, Switches};
+
+use crate::harness::{Env, PATIENCE, counts, ready, spec, state};
 
 /// Dies at the step, starts again, and must end right with one batch and one create.
 async fn survives(at: &str) {
@@ -60,4 +62,205 @@ at! {
     after_the_end_was_recorded: survives("after:Finished"),
     after_the_input_was_deleted: survives("after:DeleteInputFile"),
     after_the_finalizer_went: survives("after:DropFinalizer"),
+}
+
+// ------------------------------------------------------------------------ the steps of a restart
+
+/// Dies twice: at a step of the submission, and at one of the restart after it.
+async fn survives_twice(first: &str, second: &str) {
+    let env = Env::new().await;
+    let mut process = env.spawn(Some(first));
+    env.create("job", spec(&["one", "two"], Some("out"))).await;
+    process.ended().await;
+    let mut process = env.spawn(Some(second));
+    process.ended().await;
+    let _last = env.spawn(None);
+    let job = env.cleaned("job").await;
+    assert_eq!((state(&job), counts(&job)), ("Succeeded", (2, 2, 0)), "{second}");
+    assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (1, 1), "{second}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_may_die_as_well() {
+    for (first, second) in [
+        ("after:Intent", "before:FindInputFile"),
+        ("after:Intent", "after:FindInputFile"),
+        ("before:Submitted", "after:FindInputFile"),
+        ("before:Submitted", "before:FindBatch"),
+        ("before:Submitted", "after:FindBatch"),
+        ("before:Submitted", "before:Submitted"),
+    ] {
+        survives_twice(first, second).await;
+    }
+}
+
+// -------------------------------------------------------------------------------------- refusals
+
+fn once(op: Op, effect: Effect) -> Fault {
+    Fault { op, contains: String::new(), skip: 0, times: 1, effect }
+}
+
+/// A refusal that was recorded is a refusal after the restart; one that was not is an unknown outcome.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_counts_once_it_is_recorded() {
+    let quota = Effect::Status { code: 429, commit: false, envelope: true, retry_after: None };
+    let env = Env::scaled(60.0, &[]).await;
+    env.sim.fault(once(Op::BatchCreate, quota.clone()));
+    let mut first = env.spawn(Some("after:Refused"));
+    env.create("job", spec(&["one"], None)).await;
+    first.ended().await;
+    let _second = env.spawn(None);
+    assert_eq!(state(&env.cleaned("job").await), "Succeeded");
+    assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (2, 1));
+
+    let env = Env::scaled(60.0, &[]).await;
+    env.sim.fault(once(Op::BatchCreate, quota));
+    let mut first = env.spawn(Some("before:Refused"));
+    env.create("job", spec(&["one"], None)).await;
+    first.ended().await;
+    let _second = env.spawn(None);
+    env.stalled("job", "SubmissionUnconfirmed").await;
+    assert_eq!(env.count(Op::BatchCreate), 1);
+}
+
+// ------------------------------------------------------------------- another name, an early hint
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_got_another_name_is_not_mistaken() {
+    let other_name = || Switches { honour_file_name: false, ..Switches::default() };
+    // Not recorded, so the batch was not asked for: the send begins anew.
+    let env = Env::new().await;
+    env.sim.set(other_name());
+    let mut first = env.spawn(Some("before:InputFile"));
+    env.create("job", spec(&["one"], None)).await;
+    first.ended().await;
+    let _second = env.spawn(None);
+    assert_eq!(state(&env.cleaned("job").await), "Succeeded");
+    assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (1, 1));
+    // Recorded: the batch may have been asked for.
+    let env = Env::new().await;
+    env.sim.set(other_name());
+    let mut first = env.spawn(Some("after:InputFile"));
+    env.create("job", spec(&["one"], None)).await;
+    first.ended().await;
+    let _second = env.spawn(None);
+    env.stalled("job", "SubmissionUnconfirmed").await;
+    assert_eq!(env.count(Op::BatchCreate), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_early_hint_outlives_a_kill() {
+    for at in ["before:HintObserved", "after:HintObserved"] {
+        let env = Env::scaled(60.0, &["--sweep-seconds=1000000"]).await;
+        let mut first = env.spawn(Some(at));
+        env.create("job", spec(&["[[sim:job=stall]]"], None)).await;
+        env.until("job", "running", |j| state(j) == "Running").await;
+        let batch = env.sim.batches()[0].clone();
+        assert_eq!(env.sim.deliver(&batch.name, &batch.uris[0], "batch.succeeded").await, Some(200), "{at}");
+        first.ended().await;
+        let _second = env.spawn(None);
+        env.until("job", "told that the hint was early", |j| {
+            j.status.as_ref().unwrap().attempts[0].observed_hint.is_some()
+        })
+        .await;
+        assert_eq!(state(&env.jobs().get("job").await.unwrap()), "Running", "{at}");
+        assert!(env.sim.finish(&batch.name, Outcome::Succeeded));
+        assert_eq!(state(&env.cleaned("job").await), "Succeeded", "{at}");
+    }
+}
+
+// -------------------------------------------------------------------------- in the midst of calls
+
+async fn until(what: &str, wanted: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !wanted() {
+        assert!(start.elapsed() < PATIENCE, "{what}");
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_within_the_upload_it_is_sent_again() {
+    let env = Env::new().await;
+    env.sim.fault(once(Op::UploadChunk, Effect::Delay { millis: 600_000 }));
+    let mut first = env.spawn(None);
+    env.create("job", spec(&["one"], None)).await;
+    until("nothing is uploaded", || env.count(Op::UploadChunk) == 1).await;
+    first.kill();
+    let _second = env.spawn(None);
+    assert_eq!(state(&env.cleaned("job").await), "Succeeded");
+    assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_between_the_create_and_its_answer_the_batch_is_adopted() {
+    let env = Env::new().await;
+    env.sim.fault(once(Op::BatchCreate, Effect::DelayAnswer { millis: 600_000 }));
+    let mut first = env.spawn(None);
+    env.create("job", spec(&["one"], None)).await;
+    until("nothing is created", || env.sim.batches().len() == 1).await;
+    first.kill();
+    let _second = env.spawn(None);
+    assert_eq!(state(&env.cleaned("job").await), "Succeeded");
+    assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_before_a_create_took_effect_it_is_not_sent_again() {
+    let env = Env::new().await;
+    env.sim.fault(once(Op::BatchCreate, Effect::Delay { millis: 600_000 }));
+    let mut first = env.spawn(None);
+    env.create("job", spec(&["one"], None)).await;
+    until("nothing is sent", || env.count(Op::BatchCreate) == 1).await;
+    first.kill();
+    let _second = env.spawn(None);
+    env.stalled("job", "SubmissionUnconfirmed").await;
+    assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (1, 0));
+}
+
+// -------------------------------------------------------------------------------------- deletion
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_goes_on_after_a_kill() {
+    for at in [
+        "before:CancelBatch",
+        "after:CancelBatch",
+        "after:DeleteInputFile",
+        "before:ReleaseOutput",
+        "after:ReleaseOutput",
+        "before:DropFinalizer",
+    ] {
+        let env = Env::new().await;
+        let mut first = env.spawn(Some(at));
+        env.create("job", spec(&["[[sim:job=stall]]"], Some("out"))).await;
+        env.until("job", "running", |j| state(j) == "Running").await;
+        env.delete("job").await;
+        first.ended().await;
+        let _second = env.spawn(None);
+        env.gone("job").await;
+        assert!(env.sim.batches().iter().all(|b| b.cancelled), "{at}");
+        assert!(env.sim.files().is_empty(), "{at}");
+        assert!(env.config_maps().get_opt("out").await.unwrap().is_none(), "{at}");
+        assert_eq!(env.count(Op::BatchCreate), 1, "{at}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_deletion_of_an_unconfirmed_job_goes_on_after_a_kill() {
+    for at in ["before:FindToCancel", "after:FindToCancel"] {
+        let env = Env::new().await;
+        // It takes effect, and nobody is told; it is found when the deletion looks for it.
+        env.sim.fault(once(Op::BatchCreate, Effect::Reset { commit: true }));
+        env.sim.set(Switches { list_lag_seconds: 1e9, ..Switches::default() });
+        let mut first = env.spawn(Some(at));
+        env.create("job", spec(&["[[sim:job=stall]]"], None)).await;
+        env.stalled("job", "SubmissionUnconfirmed").await;
+        env.delete("job").await;
+        first.ended().await;
+        env.sim.set(Switches::default());
+        let _second = env.spawn(None);
+        env.gone("job").await;
+        assert!(env.sim.batches()[0].cancelled, "{at}");
+        assert!(env.sim.files().is_empty(), "{at}");
+    }
 }

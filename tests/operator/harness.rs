@@ -122,7 +122,7 @@ async fn published(client: &Client) {
     }
 }
 
-async fn kube_config(path: &Path) -> kube::Config {
+pub async fn kube_config(path: &Path) -> kube::Config {
     let file = Kubeconfig::read_from(path).unwrap();
     kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.unwrap()
 }
@@ -290,16 +290,27 @@ impl Env {
 
     /// The same with more flags, or other values of those it has.
     pub fn spawn_with(&self, crash_at: Option<&str>, flags: &[&str]) -> Process {
+        self.spawn_as(&self.cluster.kubeconfig, crash_at, flags, &[])
+    }
+
+    /// The same as somebody else than the administrator, and `without` some of the flags.
+    pub fn spawn_as(
+        &self,
+        kubeconfig: &Path,
+        crash_at: Option<&str>,
+        flags: &[&str],
+        without: &[&str],
+    ) -> Process {
         let name = |flag: &str| flag.split('=').next().unwrap_or_default().to_owned();
         let mut args = self.args().split_off(1);
-        args.retain(|arg| !flags.iter().any(|flag| name(flag) == name(arg)));
+        args.retain(|arg| !flags.iter().chain(without).any(|flag| name(flag) == name(arg)));
         let log = self.dir.path().join(format!("operator-{}.log", rand_suffix()));
         let mut command = Command::new(env!("CARGO_BIN_EXE_gemini-batch-operator"));
         command
             .args(args)
             .args(flags)
             .env("GBO_LOG_LEVEL", "info,gemini_batch_operator=debug")
-            .env("KUBECONFIG", &self.cluster.kubeconfig)
+            .env("KUBECONFIG", kubeconfig)
             .env_remove("GBO_CRASH_AT")
             .stderr(std::fs::File::create(&log).unwrap());
         if let Some(at) = crash_at {
@@ -316,6 +327,33 @@ impl Env {
 
     pub fn kubeconfig(&self) -> &Path {
         &self.cluster.kubeconfig
+    }
+
+    /// The administrator's kubeconfig with this token for its only credential.
+    pub fn kubeconfig_with(&self, token: &str) -> PathBuf {
+        let admin = std::fs::read_to_string(&self.cluster.kubeconfig).unwrap();
+        let mut config: Value = serde_yaml::from_str(&admin).unwrap();
+        for user in config["users"].as_array_mut().unwrap() {
+            user["user"] = json!({ "token": token });
+        }
+        self.file(&format!("{}.kubeconfig", rand_suffix()), &config.to_string())
+    }
+
+    /// The administrator's kubeconfig, acting as somebody else.
+    pub fn kubeconfig_as(&self, user: &str) -> PathBuf {
+        let admin = std::fs::read_to_string(&self.cluster.kubeconfig).unwrap();
+        let mut config: Value = serde_yaml::from_str(&admin).unwrap();
+        for entry in config["users"].as_array_mut().unwrap() {
+            entry["user"]["as"] = json!(user);
+        }
+        self.file(&format!("{}.kubeconfig", rand_suffix()), &config.to_string())
+    }
+
+    /// A file of the test's own.
+    pub fn file(&self, name: &str, content: &str) -> PathBuf {
+        let path = self.dir.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        path
     }
 
     pub fn jobs(&self) -> Api<GeminiBatchJob> {
@@ -420,13 +458,17 @@ impl Env {
         self.ops().into_iter().filter(|o| *o == op).count()
     }
 
+    /// What was asked of the API server, by everybody, as its audit log has it.
+    pub fn audited(&self) -> Vec<Value> {
+        let log = self.cluster.kubeconfig.parent().unwrap().join("audit.log");
+        let log = std::fs::read_to_string(log).unwrap();
+        log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+
     /// Writes of the operator in this namespace, from the API server's audit log: `(resource, verb)`.
     pub fn audited_writes(&self) -> Vec<(String, String)> {
-        let log = self.cluster.kubeconfig.parent().unwrap().join("audit.log");
-        std::fs::read_to_string(log)
-            .unwrap()
-            .lines()
-            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        self.audited()
+            .into_iter()
             .filter(|e| e["stage"] == "ResponseComplete" && e["objectRef"]["namespace"] == *self.namespace)
             .filter(|e| e["userAgent"].as_str().unwrap_or_default().starts_with("gemini-batch-operator"))
             .filter(|e| {
@@ -486,7 +528,7 @@ pub fn script_in(env: &Env, script: &str, args: &[&str]) -> std::process::Output
 }
 
 /// A port below those that the kernel gives to clients, and given to no other test of this process.
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     loop {
         let pid = u16::try_from(std::process::id() % 100).unwrap();

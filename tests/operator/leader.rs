@@ -8,7 +8,9 @@ use k8s_openapi::api::coordination::v1::Lease;
 use kube::Api;
 use kube::runtime::wait::await_condition;
 
-use crate::harness::{Env, PATIENCE, Process, spec, state};
+use serde_json::json;
+
+use crate::harness::{Env, PATIENCE, Process, kubectl, spec, state};
 
 const LEASE: &str = "gemini-batch-operator";
 
@@ -98,4 +100,51 @@ async fn a_leader_that_slept_through_its_lease_sends_nothing() {
         tokio::task::yield_now().await;
     }
     assert_eq!(env.count(Op::BatchCreate), 0, "{}", first.log());
+}
+
+/// A controller that can't see the jobs says so, is not ready, and stops when it is asked to.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_controller_that_may_not_list_jobs_says_so_and_stops_when_asked() {
+    let env = Env::new().await;
+    let mut maker = candidate(&env, "maker"); // of the key ring
+    until_leads(&env, "maker").await;
+    signal(&maker, "TERM");
+    assert!(maker.ended().await.success());
+    let rules = json!([
+        {"apiGroups": [""], "resources": ["secrets"], "verbs": ["get"]},
+        {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "create", "update"]},
+    ]);
+    for (kind, more) in [
+        ("Role", json!({"rules": rules})),
+        (
+            "RoleBinding",
+            json!({"roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "blind"},
+                "subjects": [{"kind": "User", "name": format!("blind-{}", env.namespace)}]}),
+        ),
+    ] {
+        let mut body = more;
+        body["apiVersion"] = json!("rbac.authorization.k8s.io/v1");
+        body["kind"] = json!(kind);
+        body["metadata"] = json!({"name": "blind"});
+        let file = env.file(&format!("{kind}.json"), &body.to_string());
+        kubectl(&env, &["apply", "-f", file.to_str().unwrap()]).unwrap();
+    }
+    let mut blind = env.spawn_as(
+        &env.kubeconfig_as(&format!("blind-{}", env.namespace)),
+        None,
+        &["--role=controller", "--lease-identity=blind"],
+        &[],
+    );
+    until_leads(&env, "blind").await;
+    let start = Instant::now();
+    while !blind.log().contains("may not list and watch geminibatchjobs") {
+        assert!(start.elapsed() < PATIENCE, "{}", blind.log());
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    let ready = reqwest::get(format!("http://127.0.0.1:{}/readyz", env.admin_port)).await.unwrap();
+    assert_eq!(ready.status(), 503);
+    assert!(ready.text().await.unwrap().contains("have not been listed"));
+    assert!(!env.metrics().await.contains("gemini_batch_watch_errors_total 0"));
+    signal(&blind, "TERM");
+    assert!(blind.ended().await.success(), "{}", blind.log());
 }

@@ -18,6 +18,7 @@ mod harness;
 mod keys;
 mod kubectl;
 mod leader;
+mod least_privilege;
 mod main_job;
 mod outages;
 mod rules;

@@ -58,6 +58,45 @@ async fn an_hours_outage_with_frozen_timestamps_loses_no_callback() {
     outage(300.0, jiff::SignedDuration::from_hours(1), frozen).await;
 }
 
+/// One job that can't be read stalls no other, is told why, and nobody's prompt gets into the log: not when it
+/// comes, not after a new list, not after a restart without a key ring.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_nested_too_deep_stalls_no_other() {
+    let cluster = Arc::new(Cluster::start());
+    let env = Env::on(Arc::clone(&cluster), Config { speed: 600.0, ..Config::default() }, &[]).await;
+    let deep = format!("{}\"CANARY\"{}", "{\"a\":".repeat(300), "}".repeat(300));
+    let body = format!(
+        r#"{{"apiVersion":"geminibatch.dev/v1alpha1","kind":"GeminiBatchJob","metadata":{{"name":"deep"}},
+            "spec":{{"model":"gemini-2.5-flash","credentials":{{"secretRef":{{"name":"gemini"}}}},
+            "input":{{"requests":[{{"key":"k","request":{deep}}}]}}}}}}"#
+    );
+    let path = format!("/apis/geminibatch.dev/v1alpha1/namespaces/{}/geminibatchjobs", env.namespace);
+    let create = http::Request::post(path).header("content-type", "application/json");
+    let create = create.body(body.into_bytes()).unwrap();
+    env.client.request::<serde::de::IgnoredAny>(create).await.unwrap();
+
+    let mut first = env.spawn(None);
+    env.create("one", spec(&["CANARY"], None)).await;
+    assert_eq!(state(&env.cleaned("one").await), "Succeeded");
+    let stalled = ["wait", "--for=condition=Stalled", "gbj/deep", "--timeout=60s"];
+    crate::harness::kubectl(&env, &stalled).unwrap();
+    let described =
+        crate::harness::kubectl(&env, &["get", "gbj", "deep", "-o", "jsonpath={.status}"]).unwrap();
+    assert!(described.contains("nested more than 120 levels deep"), "{described}");
+
+    cluster.ctl("restart", "kube-apiserver");
+    env.create("two", spec(&["CANARY"], None)).await;
+    assert_eq!(state(&env.cleaned("two").await), "Succeeded", "after a new list");
+    first.kill();
+    let second = env.spawn(None);
+    env.create("three", spec(&["CANARY"], None)).await;
+    assert_eq!(state(&env.cleaned("three").await), "Succeeded", "after a restart");
+    for log in [first.log(), second.log()] {
+        assert!(log.contains("create: sending") && !log.contains("CANARY"), "{log}");
+    }
+    crate::harness::kubectl(&env, &["delete", "gbj", "deep", "--timeout=60s"]).unwrap();
+}
+
 /// The receiver dies at a step of a delivery; the sender comes again and the job ends.
 async fn receiver_dies(at: &str) {
     let env = Env::with(Config { speed: 600.0, ..Config::default() }, &[NO_SWEEP]).await;

@@ -58,7 +58,7 @@ async fn what_was_never_created_stays_unconfirmed_and_is_not_sent_again() {
     env.operator().await;
     env.create("job", spec(&["x"], None)).await;
     let job = env.stalled("job", "SubmissionUnconfirmed").await;
-    assert!(ready(&job).2.contains("not sent again"));
+    assert!(ready(&job).2.contains("so that a late creation must fail, and only then it is sent again"));
     // It goes on looking, and does not send.
     let lists = env.count(Op::BatchList);
     let start = std::time::Instant::now();
@@ -137,7 +137,7 @@ async fn another_key_than_the_one_that_paid_proves_nothing() {
     env.create("job", spec(&["[[sim:job=stall]]"], None)).await;
     env.until("job", "running", |j| state(j) == "Running").await;
     env.secret("gemini", &serde_json::json!({"apiKey": "of-another-project"})).await;
-    env.sim.finish(&env.sim.batches()[0].name, Outcome::Succeeded);
+    assert!(env.sim.finish(&env.sim.batches()[0].name, Outcome::Succeeded));
     let job = env.stalled("job", "CredentialsChanged").await;
     assert_eq!(state(&job), "Running");
     env.secret("gemini", &serde_json::json!({"apiKey": "test-key"})).await;
@@ -162,7 +162,7 @@ async fn a_batch_that_another_key_was_not_shown_is_asked_for_with_the_old_one() 
     env.secret("gemini", &serde_json::json!({"apiKey": "test-key"})).await;
     let job = env.until("job", "running again", |j| ready(j).1 == "Submitted").await;
     assert!(!is_true(&job, conditions::FINISHED));
-    env.sim.finish(&env.sim.batches()[0].name, Outcome::Succeeded);
+    assert!(env.sim.finish(&env.sim.batches()[0].name, Outcome::Succeeded));
     assert_eq!(state(&env.finished("job").await), "Succeeded");
 }
 
@@ -209,4 +209,73 @@ async fn a_finished_job_whose_secret_is_gone_can_be_deleted_at_once() {
     secrets.delete("gemini", &kube::api::DeleteParams::default()).await.unwrap();
     env.delete("job").await;
     env.gone("job").await;
+}
+
+// --------------------------------------------------------------------------- sent again, behind a fence
+
+/// Three listings and a second are patience enough for these tests.
+fn hasty() -> gemini_batch_operator::controller::Timings {
+    let mut timings = crate::harness::timings();
+    timings.resend_grace = jiff::SignedDuration::from_secs(1);
+    timings
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_never_created_is_sent_again_behind_a_fence() {
+    let env = Env::new().await;
+    let effect = Effect::Status { code: 503, commit: false, envelope: true, retry_after: None };
+    env.sim.fault(Fault { op: Op::BatchCreate, contains: String::new(), skip: 0, times: 1, effect });
+    env.operator_with(hasty()).await;
+    env.create("job", spec(&["x"], Some("out"))).await;
+    let job = env.cleaned("job").await;
+    assert_eq!(state(&job), "Succeeded");
+    assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (2, 1));
+    assert_eq!(job.status.unwrap().attempts[0].resends, Some(1));
+    // Listed at least three times, the file deleted and seen gone, listed once more, and only then sent.
+    let ops = env.ops();
+    let second = ops.iter().rposition(|o| *o == Op::UploadStart).unwrap();
+    let fence = ops.iter().position(|o| *o == Op::FileDelete).unwrap();
+    let listings = |ops: &[Op]| ops.iter().filter(|o| **o == Op::BatchList).count();
+    assert!(listings(&ops[..fence]) >= 3, "{ops:?}");
+    assert_eq!(ops[fence + 1], Op::FileGet, "{ops:?}");
+    assert!(fence < second && listings(&ops[fence..second]) == 1, "{ops:?}");
+    assert!(env.metrics().await.contains("gemini_batch_submissions_fenced_total 1"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_create_that_arrives_behind_the_fence_makes_no_batch() {
+    let env = Env::new().await;
+    let effect = Effect::CommitLate { seconds: 6000.0 }; // ten seconds at this speed, the grace is one
+    env.sim.fault(Fault { op: Op::BatchCreate, contains: String::new(), skip: 0, times: 1, effect });
+    env.operator_with(hasty()).await;
+    let start = std::time::Instant::now();
+    env.create("job", spec(&["x"], None)).await;
+    assert_eq!(state(&env.cleaned("job").await), "Succeeded");
+    while start.elapsed() < std::time::Duration::from_secs(12) {
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await; // the late create itself
+    }
+    assert_eq!(env.sim.batches().len(), 1);
+}
+
+/// If Gemini did not check the file of a late create after all, its batch is found and cancelled.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_duplicate_that_passed_the_fence_is_cancelled() {
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=1"]).await;
+    env.sim.set(Switches { create_needs_file: false, ..Switches::default() });
+    let effect = Effect::CommitLate { seconds: 6000.0 };
+    env.sim.fault(Fault { op: Op::BatchCreate, contains: String::new(), skip: 0, times: 1, effect });
+    env.operator_with(hasty()).await;
+    env.create("job", spec(&["[[sim:job=stall]]"], None)).await;
+    let job = env.until("job", "running", |j| state(j) == "Running").await;
+    let recorded = job.status.unwrap().attempts[0].batch_name.clone().unwrap();
+    let start = std::time::Instant::now();
+    while !env.sim.batches().iter().any(|b| b.cancelled) {
+        assert!(start.elapsed() < crate::harness::PATIENCE, "{:#?}", env.sim.batches());
+        tokio::task::yield_now().await;
+    }
+    let batches = env.sim.batches();
+    assert_eq!(batches.len(), 2);
+    assert!(batches.iter().all(|b| b.cancelled == (b.name != recorded)), "{batches:#?}");
+    assert!(env.sim.finish(&recorded, Outcome::Succeeded));
+    assert_eq!(state(&env.cleaned("job").await), "Succeeded");
 }

@@ -171,6 +171,15 @@ impl Case {
         self.object(OutputObject::Blocked { problem, generation, retry: retry.map(at) })
     }
 
+    /// The user says that this send may be repeated; `send` stands for the present one.
+    fn annotated(self, send: &str) -> Self {
+        self.with(|c| {
+            let present = current_attempt(&c.job).unwrap().send_id.clone();
+            let value = if send == "send" { present } else { send.to_owned() };
+            c.job.metadata.annotations = Some([(RESEND_ANNOTATION.to_owned(), value)].into());
+        })
+    }
+
     fn gemini_file(self) -> Self {
         let theirs = self.with(|c| {
             c.job.spec.input =
@@ -504,17 +513,52 @@ fn the_file_of_a_refused_send_serves_the_next_one_if_it_is_the_same() {
 // ----------------------------------------------------------------------- unknown outcomes, restarts
 
 #[test]
-fn an_unknown_outcome_is_looked_for_and_never_sent_again() {
+fn an_unknown_outcome_is_looked_for_and_sent_again_only_behind_a_fence() {
     let searched = || sending(unsure(Some(10)));
+    let patient = |own_listings, since| {
+        let search = Search {
+            listings: 9,
+            own_listings,
+            since: Some(at(since)),
+            next: Some(at(10)),
+            ..Search::default()
+        };
+        sending(Stage::Unsure(search))
+    };
+    let fenced = |listed_behind_fence| {
+        sending(Stage::Unsure(Search {
+            listings: 9,
+            own_listings: 9,
+            since: Some(at(-9000)),
+            next: Some(at(10)),
+            fenced: true,
+            listed_behind_fence,
+            ..Search::default()
+        }))
+    };
     let refuted = |id: &str| {
         let refuted = Some(BatchName::parse(id).unwrap());
-        sending(Stage::Unsure(Search { listings: 1, next: Some(at(10)), refuted, file_unasked: false }))
+        sending(Stage::Unsure(Search { listings: 1, next: Some(at(10)), refuted, ..Search::default() }))
     };
     check! {
         "at once": sending(Stage::Unsure(Search::default())) => "FindBatch";
         "later": searched() => "Wait SubmissionUnconfirmed! +10";
         "due": searched().at(10) => "FindBatch";
         "after a month": searched().at(30 * 86_400) => "FindBatch";
+        "the grace is not over": patient(3, -599) => "Wait SubmissionUnconfirmed! +1";
+        "only two listings": patient(2, -9000) => "Wait SubmissionUnconfirmed! +10";
+        "patient enough: the fence": patient(3, -600) => "Fence";
+        "but under another key nothing is proved": patient(3, -600).key("other") => "Wait CredentialsChanged! +10";
+        "and a callback comes first": patient(3, -600).hint("m", Some("b7")) => "ConfirmHinted";
+        "fenced: once more": fenced(false) => "FindBatch";
+        "and not there: the next send": fenced(true) => "Intent";
+        "fenced, the key changed": fenced(true).key("other") => "Wait CredentialsChanged! +10";
+        "fenced, the input is bad": fenced(true).no_input() => "Wait InputInvalid! recheck";
+        "their file is no fence": patient(3, -600).gemini_file() => "Wait SubmissionUnconfirmed! +10";
+        "unless the user says so": patient(3, -600).gemini_file().annotated("send") => "Intent";
+        "of this send": patient(3, -600).gemini_file().annotated("another") => "Wait SubmissionUnconfirmed! +10";
+        "and not at once": patient(3, -599).gemini_file().annotated("send") => "Wait SubmissionUnconfirmed! +10";
+        "found unsent by another process": sending(Stage::Unsent) => "Intent";
         "the input changed": searched().other_input() => "Wait SubmissionUnconfirmed! +10";
         "no key": searched().no_key() => "Wait CredentialsNotFound! recheck";
         "other key: it may see the batch": searched().at(10).key("other") => "FindBatch";
@@ -773,13 +817,14 @@ fn deletion_at_every_stage() {
         "all gone": gone(cancelled(running().deleted())) => "DropFinalizer Cancelled";
         "all gone, reserved": gone(cancelled(running().deleted())).output("o") => "ReleaseOutput";
         "their file stays": cancelled(running().gemini_file().deleted()) => "DropFinalizer Cancelled";
-        "ended, not read": ended(BatchState::Succeeded).deleted() => "CancelBatch";
+        "ended, not read: nothing to cancel": ended(BatchState::Succeeded).deleted() => "DeleteInputFile";
+        "ended, file gone": gone(ended(BatchState::Succeeded).deleted()) => "DropFinalizer Deleted";
         "unknown: look for it": sending(unsure(Some(10))).deleted() => "FindToCancel";
         "after a restart": intended().deleted() => "FindToCancel";
         "found": listed(sending(unsure(None)).deleted(), 1).cleanup(|c| c.to_cancel = vec![found]) => "CancelBatch";
         "not found: fence": listed(sending(unsure(None)).deleted(), 1) => "DeleteInputFile";
         "fenced: look once more": gone(listed(sending(unsure(None)).deleted(), 1)) => "FindToCancel";
-        "nothing goes on": gone(listed(sending(unsure(None)).deleted(), 2)) => "DropFinalizer";
+        "nothing goes on": gone(listed(sending(unsure(None)).deleted(), 2)) => "DropFinalizer Deleted";
         "their file can't be a fence": listed(sending(unsure(None)).gemini_file().deleted(), 1) => "FindToCancel";
         "finished": finished().deleted() => "DeleteInputFile";
         "finished, deletion changed the generation": gone(finished().deleted()).with(|c| c.job.metadata.generation = Some(2)) => "DropFinalizer";

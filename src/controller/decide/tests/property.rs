@@ -92,8 +92,6 @@ struct World {
     sends: u32,
     /// Send ids of all creates that left.
     created: Vec<String>,
-    /// One of them may have created a batch.
-    may_exist: bool,
     stored: Option<String>,
     orphaned: bool,
     gone: bool,
@@ -111,7 +109,6 @@ impl World {
             late: Vec::new(),
             sends: 0,
             created: Vec::new(),
-            may_exist: false,
             stored: None,
             orphaned: false,
             gone: false,
@@ -398,9 +395,18 @@ impl World {
             Some(_) => Search::default(),
             None => Search { file_unasked: !self.own_key(), ..Search::default() },
         };
-        match refuted {
-            Some(_) => Search { refuted, ..before },
-            None => Search { listings: before.listings + 1, next: Some(at(self.now + 60)), ..before },
+        if refuted.is_some() {
+            return Search { refuted, ..before };
+        }
+        let search = Search { listings: before.listings + 1, next: Some(at(self.now + 60)), ..before };
+        if !self.own_key() {
+            return search;
+        }
+        Search {
+            own_listings: search.own_listings + 1,
+            since: search.since.or(Some(self.case.now)),
+            listed_behind_fence: search.fenced,
+            ..search
         }
     }
 
@@ -465,9 +471,18 @@ impl World {
                 let stage = match self.listed(&attempt) {
                     _ if self.has_file(file) => Stage::Unsure(Search::default()),
                     Some(batch) => Stage::Found(Box::new(batch)),
-                    None => Stage::NotUploaded,
+                    None => Stage::Unsent,
                 };
                 self.set_stage(stage);
+            }
+            Action::Fence { file } => {
+                assert!(self.own_key(), "under another key a file that is gone proves nothing");
+                assert_ne!(file, "files/theirs");
+                self.files.remove(file);
+                self.case.memory.trouble = None;
+                if let Some(Send { stage: Stage::Unsure(search), .. }) = &mut self.case.memory.send {
+                    search.fenced = true;
+                }
             }
             Action::UploadInput { file } => self.upload(file),
             Action::CreateBatch { attempt } => self.create(attempt),
@@ -586,7 +601,8 @@ impl World {
         assert_eq!(self.attempt(), Some(attempt), "only what is recorded is asked for");
         assert!(attempt.refusal.is_none() && attempt.batch_name.is_none() && !is_finished(&self.case.job));
         assert!(!self.created.contains(&attempt.send_id), "a send is made twice");
-        assert!(!self.may_exist, "an earlier send may have made a batch");
+        assert!(self.batches.is_empty(), "an earlier send has made a batch");
+        assert!(!self.travels(), "an earlier send may still make a batch");
         assert_eq!(attempt.credential_fingerprint, self.key(), "under the recorded key");
         self.created.push(attempt.send_id.clone());
 
@@ -605,7 +621,6 @@ impl World {
             6 => self.refused(RefusedCall::Create, Reason::CredentialsRefused, false),
             9 => self.refused(RefusedCall::Create, Reason::ModelNotFound, true),
             outcome => {
-                self.may_exist = true;
                 match outcome {
                     1 => _ = self.make_batch(&name, project), // the answer is lost
                     2 => {}                                   // it never arrived
@@ -661,13 +676,18 @@ impl World {
                 assert!(wanted.is_none() || self.stored.as_deref() == wanted, "results were not stored");
             }
         }
-        assert!(self.late.is_empty(), "ended while a create travels");
+        assert!(!self.travels(), "ended while a create travels");
+    }
+
+    /// Whether a create is under way that can still succeed: without its file it must fail.
+    fn travels(&self) -> bool {
+        self.late.iter().any(|l| self.files.contains_key(&l.file))
     }
 
     /// A job that was deleted leaves nothing behind that costs money, or says that it does.
     fn check_gone(&self, finished: bool) {
         let going_on = self.batches.iter().any(|b| !b.batch.is_terminal());
-        let travelling = self.late.iter().any(|l| self.files.contains_key(&l.file));
+        let travelling = self.travels();
         assert!(self.orphaned || !(going_on || travelling), "gone, and something goes on unsaid");
         assert!(!(finished && self.orphaned));
     }
@@ -697,8 +717,10 @@ impl World {
         }
         let status = self.case.job.status.clone().unwrap();
         let reason = &conditions::get(&status.conditions, conditions::READY).unwrap().reason;
-        // A batch that was never made can't be told from one that is not shown: the user decides.
+        // Somebody else's file is no fence, so a batch that was never made can't be told from one that is not shown:
+        // the user decides.
         assert_eq!(reason, "SubmissionUnconfirmed", "stuck: {}", self.case.says());
+        assert!(self.case.job.spec.input.gemini_file.is_some());
         assert!(self.batches.is_empty() && conditions::is_true(&status.conditions, conditions::STALLED));
     }
 }

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Prints the absolute path of a helm binary, and builds it first when there is none yet: so the chart is checked
+# with one version, on every machine, without prebuilt binaries.
+#
+# The binary is cached under GBO_CACHE_DIR (default: the user's cache folder). Only the path goes to stdout;
+# messages go to stderr.
+set -euo pipefail
+
+readonly version=v4.3.1
+readonly go_wanted=1.25 # what hack/devcluster needs too; helm's own go.mod has the last word
+readonly heartbeat_seconds=15
+
+say() { echo "helm: $*" >&2; }
+die() { say "$*"; exit 1; }
+
+# `local`: a Go that is too old says so, instead of downloading another one.
+export CGO_ENABLED=0 GOTOOLCHAIN=local GOWORK=off GOFLAGS=
+
+check_tools() {
+  command -v go >/dev/null || die "Go is not installed: install Go $go_wanted or newer and put 'go' on the PATH"
+  command -v flock >/dev/null || die "'flock' is missing: install util-linux"
+}
+
+builder=
+unfinished=
+clean_up() {
+  [[ -z $builder ]] || kill "$builder" 2>/dev/null || true
+  [[ -z $unfinished ]] || rm -rf "$unfinished"
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+# Built in a directory of another name, then put in place at once.
+build() {
+  local target=$1 next_beat=$heartbeat_seconds
+  unfinished=$(mktemp -d "$target.unfinished.XXXXXX")
+  say "building helm $version; the first build downloads its Go modules and takes a few minutes"
+  SECONDS=0
+  # Outside any module: what this repository's go.mod files say is not about helm.
+  (cd / && exec env GOBIN="$unfinished" go install -trimpath -ldflags '-s -w' "helm.sh/helm/v4/cmd/helm@$version") >&2 &
+  builder=$!
+  while kill -0 "$builder" 2>/dev/null; do
+    sleep 1
+    if ((SECONDS >= next_beat)); then
+      say "still building, ${SECONDS}s"
+      next_beat=$((SECONDS + heartbeat_seconds))
+    fi
+  done
+  if ! wait "$builder"; then
+    builder=
+    die "the build failed after ${SECONDS}s; see above (a first build needs access to a Go module proxy, see 'go env GOPROXY')"
+  fi
+  builder=
+  chmod 755 "$unfinished"
+  rm -rf "$target"
+  mv "$unfinished" "$target"
+  unfinished=
+  say "built in ${SECONDS}s"
+}
+
+main() {
+  local cache target
+  cache=${GBO_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:?neither GBO_CACHE_DIR nor HOME is set}/.cache}/gemini-batch-operator}
+  mkdir -p "$cache"
+  cache=$(cd "$cache" && pwd -P)
+  target=$cache/helm-$version
+
+  if [[ ! -x $target/helm ]]; then
+    check_tools
+    exec 9>"$cache/.helm.lock"
+    if ! flock -n 9; then
+      say "waiting for another build to finish"
+      flock 9
+    fi
+    if [[ ! -x $target/helm ]]; then
+      rm -rf "$target".unfinished.* # of builds that were killed: we hold the lock
+      build "$target"
+    fi
+  fi
+  echo "$target/helm"
+}
+
+main "$@"
