@@ -22,7 +22,7 @@ demo: ## Run the main job, from kubectl apply to results, and print what it cost
 	@$(call run-demo,)
 
 .PHONY: demo-check
-demo-check: ## Check that the demo fails, and says why, when a port is taken or an example is broken
+demo-check: ## Check that the demo fails, and says why, when something is wrong, and leaves nothing behind
 	@$(call run-demo,,python3 hack/demo_check.py)
 
 .PHONY: up

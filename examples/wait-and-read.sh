@@ -1,9 +1,12 @@
 #!/bin/sh
 # Something that depends on a job without knowing this operator: it waits for the condition Finished and
-# reads the output. Runs wherever kubectl does; in a Kubernetes Job its ServiceAccount needs get, list and
-# watch on geminibatchjobs.geminibatch.dev and get on the output ConfigMap.
+# reads the output. Runs wherever kubectl does; examples/dependent-job.yaml does the same as a Kubernetes Job,
+# and has the permissions that it takes.
 #
 #   examples/wait-and-read.sh JOB [TIMEOUT]
+#
+# Exit code 0: the results are on stdout. 1: there are none, the reason is on stderr. 3: the job has no
+# spec.output, so its results are still with Gemini.
 set -eu
 job=${1:?usage: wait-and-read.sh JOB [TIMEOUT]}
 timeout=${2:-24h}
@@ -15,4 +18,9 @@ if [ "$state" != Succeeded ]; then
   exit 1
 fi
 output=$(kubectl get gbj "$job" -o 'jsonpath={.status.output.configMap}')
+if [ -z "$output" ]; then
+  file=$(kubectl get gbj "$job" -o 'jsonpath={.status.output.fileName}')
+  echo "$job has no spec.output: its results stay with Gemini, in the file $file (status.output.fileName)" >&2
+  exit 3
+fi
 kubectl get configmap "$output" -o 'jsonpath={.data.results\.jsonl}'

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import collections
+import ctypes
 import json
 import os
 import pathlib
+import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +30,8 @@ EXAMPLES = ["credentials.yaml", "minimal.yaml", "configmap-100.yaml", "partial-f
 # name -> (state, succeeded, failed): what the examples promise
 EXPECTED = {"minimal": ("Succeeded", 3, 0), "hundred": ("Succeeded", 100, 0), "partial-failure": ("Succeeded", 2, 2)}
 PATIENCE = 120  # seconds until a part that does not come up, or a job that does not end, is a failure
+STALLED_PATIENCE = 3  # seconds that a job may be Stalled: it waits for somebody, and here is nobody
+HEARTBEAT = 5  # seconds between two signs of life while something is waited for
 
 START = time.monotonic()
 
@@ -36,11 +41,31 @@ class Failed(Exception):
 
 
 def say(text: str) -> None:
-    print(f"[{time.monotonic() - START:5.1f}s] {text}", flush=True)
+    try:
+        print(f"[{time.monotonic() - START:5.1f}s] {text}", flush=True)
+    except OSError:
+        pass  # the terminal was closed; the parts must be taken down all the same
 
 
 def port_from(name: str, default: int) -> int:
-    return int(os.environ.get(name, default))
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
+        raise Failed(f"{name} is '{text}', which is no port: set it to a number from 1 to 65535, or unset it")
+    return int(text)
+
+
+def dies_with_this_process():
+    """What a child calls before it becomes its program, so that not even SIGKILL leaves it behind (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl, parent, set_parent_death_signal = ctypes.CDLL(None).prctl, os.getpid(), 1
+
+    def in_the_child() -> None:
+        prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call
+            os._exit(1)
+
+    return in_the_child
 
 
 class Demo:
@@ -48,6 +73,7 @@ class Demo:
         self.args = args
         self.work = work
         self.children: list[tuple[str, subprocess.Popen]] = []
+        self.dies_with_this_process = dies_with_this_process()
         self.env = dict(os.environ)
         self.simulator = port_from("GBO_DEMO_SIMULATOR_PORT", 18080)
         self.callbacks = port_from("GBO_DEMO_CALLBACK_PORT", 18081)
@@ -58,17 +84,24 @@ class Demo:
     def spawn(self, name: str, command: list[str], **kwargs) -> subprocess.Popen:
         log = open(self.work / f"{name}.log", "wb")
         # A session of its own: Ctrl-C reaches only this script, which takes the parts down in order.
-        child = subprocess.Popen(command, stderr=log, env=self.env, start_new_session=True, **kwargs)
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stderr=log, env=self.env, start_new_session=True, **kwargs
+        )
         self.children.append((name, child))
         return child
+
+    def log_of(self, name: str) -> list[str]:
+        return (self.work / f"{name}.log").read_text(errors="replace").strip().splitlines()
 
     def check_children(self) -> None:
         for name, child in self.children:
             if child.poll() is not None:
-                tail = (self.work / f"{name}.log").read_text(errors="replace").strip().splitlines()[-12:]
+                tail = self.log_of(name)[-12:]
                 raise Failed(f"{name} ended with exit code {child.returncode}:\n  " + "\n  ".join(tail))
 
     def stop(self) -> None:
+        for again in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(again, signal.SIG_IGN)  # it ends already
         for name, child in reversed(self.children):
             if child.poll() is None:
                 child.send_signal(signal.SIGTERM)
@@ -86,11 +119,16 @@ class Demo:
             if probe():
                 return
             if time.monotonic() > deadline:
-                raise Failed(f"{what} did not come up within {PATIENCE} s; logs are in {self.work}")
+                raise Failed(f"{what} did not come up within {PATIENCE} s")
             time.sleep(0.1)
 
     def kubectl(self, *args: str) -> str:
-        done = subprocess.run([self.args.kubectl, *args], env=self.env, capture_output=True, text=True)
+        try:
+            done = subprocess.run(
+                [self.args.kubectl, *args], env=self.env, capture_output=True, text=True, timeout=PATIENCE
+            )
+        except subprocess.TimeoutExpired as e:
+            raise Failed(f"kubectl {' '.join(args)}: no answer within {PATIENCE} s") from e
         if done.returncode != 0:
             raise Failed(f"kubectl {' '.join(args)}:\n  {done.stderr.strip()}")
         return done.stdout
@@ -102,16 +140,13 @@ class Demo:
             free_or_fail(name, port)
 
         say("starting etcd, kube-apiserver and kube-controller-manager")
-        up = self.spawn("control-plane", [self.args.devcluster, "up", f"--parent-pid={os.getpid()}"], stdout=subprocess.PIPE, text=True)
-        kubeconfig = (up.stdout.readline() if up.stdout else "").strip()
-        if not kubeconfig:
-            up.wait()
-            self.check_children()
+        kubeconfig = self.control_plane()
         self.env["KUBECONFIG"] = kubeconfig
         self.audit_log = pathlib.Path(kubeconfig).parent / "audit.log"
 
         say(f"starting the simulator of the Gemini API on port {self.simulator}")
-        self.spawn("simulator", [self.args.simulator, "--listen", f"127.0.0.1:{self.simulator}", "--speed", str(self.args.speed)])
+        command = [self.args.simulator, "--listen", f"127.0.0.1:{self.simulator}", "--speed", str(self.args.speed)]
+        self.spawn("simulator", command, preexec_fn=self.dies_with_this_process)
         self.wait_for("the simulator", lambda: http_ok(f"http://127.0.0.1:{self.simulator}/_sim/healthz"))
 
         say("installing the GeminiBatchJob resource")
@@ -125,8 +160,31 @@ class Demo:
             "--gemini-base-url", base, "--allow-insecure-upstream",
             "--external-url", f"http://127.0.0.1:{self.callbacks}", "--allow-insecure-callbacks",
             "--listen", f"127.0.0.1:{self.callbacks}", "--admin-listen", f"127.0.0.1:{self.admin}",
-        ])
+        ], preexec_fn=self.dies_with_this_process)
         self.wait_for("the operator", lambda: http_ok(f"http://127.0.0.1:{self.admin}/readyz"))
+
+    def control_plane(self) -> str:
+        """Starts it, and returns the path of its kubeconfig when it is ready."""
+        # It looks after its own components, and ends with this process.
+        command = [self.args.devcluster, "up", f"--parent-pid={os.getpid()}"]
+        up = self.spawn("control-plane", command, stdout=subprocess.PIPE)
+        out, line = up.stdout.fileno(), b""
+        deadline, beat = time.monotonic() + PATIENCE, time.monotonic() + HEARTBEAT
+        while not line.endswith(b"\n"):
+            if select.select([out], [], [], 0.5)[0]:
+                read = os.read(out, 4096)
+                if not read:
+                    up.wait()
+                    self.check_children()
+                line += read
+            now = time.monotonic()
+            if now > deadline:
+                tail = self.log_of("control-plane")[-12:]
+                raise Failed("\n  ".join([f"the control plane did not come up within {PATIENCE} s:", *tail]))
+            if now > beat:
+                beat = now + HEARTBEAT
+                say("  not ready yet: " + "".join(self.log_of("control-plane")[-1:]))
+        return line.decode().strip()
 
     def run_examples(self) -> None:
         for name in EXAMPLES:
@@ -136,7 +194,7 @@ class Demo:
         applied = time.monotonic()
 
         last: dict[str, str] = {}
-        deadline = applied + PATIENCE
+        stalled: dict[str, float] = {}  # since when
         while True:
             self.check_children()
             jobs = json.loads(self.kubectl("get", "gbj", "-o", "json"))["items"]
@@ -147,8 +205,13 @@ class Demo:
                     say(f"  {name:16} {line}")
             if len(jobs) == len(EXPECTED) and all(is_finished(job) for job in jobs):
                 break
-            if time.monotonic() > deadline:
-                raise Failed(f"not all jobs finished within {PATIENCE} s; logs are in {self.work}")
+            now = time.monotonic()
+            names = [job["metadata"]["name"] for job in jobs if condition(job, "Stalled").get("status") == "True"]
+            stalled = {name: stalled.get(name, now) for name in names}
+            if any(now - since > STALLED_PATIENCE for since in stalled.values()):
+                raise Failed(f"{' and '.join(stalled)} can't go on by itself; unfinished:\n{unfinished(jobs)}")
+            if now > applied + PATIENCE:
+                raise Failed(f"not all jobs finished within {PATIENCE} s; unfinished:\n{unfinished(jobs)}")
             time.sleep(0.2)
         self.seconds = time.monotonic() - applied
         for job in jobs:
@@ -228,6 +291,20 @@ def is_finished(job: dict) -> bool:
     return condition(job, "Finished").get("status") == "True"
 
 
+def unfinished(jobs: list[dict]) -> str:
+    """Each job that is not finished, with reason and message."""
+    lines, seen = [], {job["metadata"]["name"]: job for job in jobs}
+    for name in sorted({*EXPECTED, *seen}):
+        job = seen.get(name)
+        if job is None:
+            lines.append(f"  {name}: does not exist")
+        elif not is_finished(job):
+            why = condition(job, "Stalled")
+            why = why if why.get("status") == "True" else condition(job, "Ready")
+            lines.append(f"  {name}: {why.get('reason', 'not looked at yet')}: {why.get('message', '')}")
+    return "\n".join(lines)
+
+
 def describe(job: dict) -> str:
     status = job.get("status", {})
     ready = condition(job, "Ready")
@@ -256,11 +333,14 @@ def main() -> int:
     parser.add_argument("--examples", type=pathlib.Path, default=ROOT / "examples")
     parser.add_argument("--keep", action="store_true", help="leave everything running until Ctrl-C")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for asked in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(asked) != signal.SIG_IGN:  # nohup
+            signal.signal(asked, lambda number, _: sys.exit(128 + number))
 
     work = pathlib.Path(tempfile.mkdtemp(prefix="gbo-demo-"))
-    demo = Demo(args, work)
+    demo, keep_logs = None, True
     try:
+        demo = Demo(args, work)
         demo.start()
         demo.run_examples()
         demo.show_results()
@@ -271,13 +351,23 @@ def main() -> int:
             while True:
                 demo.check_children()
                 time.sleep(0.5)
+        keep_logs = False
     except KeyboardInterrupt:
+        keep_logs = False
         return 0 if args.keep else 130
+    except SystemExit:
+        keep_logs = False
+        raise
     except Failed as e:
         print(f"\ndemo failed: {e}", file=sys.stderr)
         return 1
     finally:
-        demo.stop()
+        if demo:
+            demo.stop()
+        if keep_logs and any(work.iterdir()):
+            print(f"logs are in {work}", file=sys.stderr)
+        else:
+            shutil.rmtree(work, ignore_errors=True)
     return 0
 
 

@@ -524,6 +524,22 @@ pub fn kubectl(env: &Env, args: &[&str]) -> Result<String, String> {
     if out.status.success() { Ok(text(out.stdout)) } else { Err(text(out.stderr)) }
 }
 
+/// Runs a script that calls kubectl, as a user whose current context is the test's namespace.
+pub fn script_in(env: &Env, script: &str, args: &[&str]) -> std::process::Output {
+    let config = env.dir.path().join("kubeconfig");
+    std::fs::copy(&env.cluster.kubeconfig, &config).unwrap();
+    let kubectl = env.cluster.binary.with_file_name("kubectl");
+    let namespace = format!("--namespace={}", env.namespace);
+    let current = ["config", "set-context", "--current", &namespace];
+    let set = Command::new(&kubectl).args(current).env("KUBECONFIG", &config).output().unwrap();
+    assert!(set.status.success(), "{}", String::from_utf8_lossy(&set.stderr));
+    let others = std::env::var_os("PATH").unwrap_or_default();
+    let mut path = vec![kubectl.parent().unwrap().to_owned()];
+    path.extend(std::env::split_paths(&others));
+    let path = std::env::join_paths(path).unwrap();
+    Command::new(script).args(args).env("KUBECONFIG", &config).env("PATH", path).output().unwrap()
+}
+
 /// A port below those that the kernel gives to clients, and given to no other test of this process.
 pub fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);

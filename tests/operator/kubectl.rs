@@ -1,8 +1,11 @@
 //! What users type: the real kubectl against the real API server.
 
+use gemini_batch_operator::api::conditions;
 use gemini_simulator::Config;
+use kube::api::DeleteParams;
+use serde_json::Value;
 
-use crate::harness::{Env, kubectl, spec, state};
+use crate::harness::{Env, condition, kubectl, script_in, spec, state};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn wait_get_and_describe_say_what_a_user_expects() {
@@ -90,4 +93,76 @@ async fn the_examples_are_accepted() {
     for name in ["minimal", "hundred", "partial-failure"] {
         assert!(applied.contains(&format!("geminibatchjob.geminibatch.dev/{name}")), "{applied}");
     }
+    for kind in ["serviceaccount", "role.rbac.authorization.k8s.io", "job.batch"] {
+        assert!(applied.contains(&format!("{kind}/dependent")), "{applied}");
+    }
+}
+
+/// The commands of the example's containers, one after another, with the rights of its ServiceAccount and no
+/// others. (The control plane of the tests has no nodes that could run them.)
+#[tokio::test(flavor = "multi_thread")]
+async fn the_dependent_waits_and_reads_with_its_own_rights() {
+    let env = Env::new().await;
+    env.operator().await;
+    let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/dependent-job.yaml");
+    kubectl(&env, &["apply", "-f", manifest]).unwrap();
+    let job = kubectl(&env, &["get", "job", "dependent", "-o", "json"]).unwrap();
+    let job: Value = serde_json::from_str(&job).unwrap();
+    let pod = &job["spec"]["template"]["spec"];
+    let account = pod["serviceAccountName"].as_str().unwrap();
+    let user = format!("--as=system:serviceaccount:{}:{account}", env.namespace);
+    let containers = ["initContainers", "containers"].map(|list| pod[list].as_array().unwrap());
+    let run_for = |container: &Value, more: &[&str]| {
+        let words: Vec<&str> =
+            container["command"].as_array().unwrap().iter().map(|word| word.as_str().unwrap()).collect();
+        assert_eq!(words[0], "kubectl");
+        kubectl(&env, &[&[user.as_str()], &words[1..], more].concat())
+    };
+    let run = |container: &Value| run_for(container, &[]);
+
+    // The dependent may be there first.
+    let early = run_for(&containers[0][0], &["--timeout=1s"]).unwrap_err();
+    assert!(early.contains("timed out") && !early.contains("NotFound"), "{early}");
+    env.create("minimal", spec(&["one", "two"], Some("minimal-results"))).await;
+    let said: Vec<String> = containers.into_iter().flatten().map(|c| run(c).unwrap()).collect();
+    assert_eq!(said.last().unwrap().lines().count(), 2, "{said:?}");
+
+    // Nothing else, and no success if there are no results.
+    for other in [vec!["get", "configmaps"], vec!["get", "secret", "gemini"], vec!["get", "gbj"]] {
+        let error = kubectl(&env, &[&[user.as_str()], other.as_slice()].concat()).unwrap_err();
+        assert!(error.contains("Forbidden"), "{error}");
+    }
+    env.delete("minimal").await;
+    env.gone("minimal").await;
+    env.config_maps().delete("minimal-results", &DeleteParams::default()).await.unwrap();
+    env.create("minimal", spec(&["[[sim:job=fail]]"], Some("minimal-results"))).await;
+    let [_, wait, check] = containers[0].as_slice() else { panic!("{pod}") };
+    run(wait).unwrap();
+    run(check).unwrap_err();
+}
+
+/// The script of the examples: exit code, stdout, stderr.
+#[tokio::test(flavor = "multi_thread")]
+async fn wait_and_read_says_where_the_results_are() {
+    let env = Env::new().await;
+    env.operator().await;
+    env.create("stored", spec(&["one", "two"], Some("out"))).await;
+    env.create("kept", spec(&["one"], None)).await;
+    env.create("failed", spec(&["[[sim:job=fail]]"], Some("none"))).await;
+    let kept = env.finished("kept").await.status.unwrap().output.unwrap().file_name.unwrap();
+    let wait_and_read = |job: &str| {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/wait-and-read.sh");
+        let out = script_in(&env, script, &[job, "60s"]);
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        (out.status.code().unwrap(), text(out.stdout), text(out.stderr))
+    };
+    let (code, said, _) = wait_and_read("stored");
+    assert_eq!((code, said.lines().count()), (0, 2), "{said}");
+    let (code, said, error) = wait_and_read("kept");
+    assert_eq!((code, said.as_str()), (3, ""), "{error}");
+    assert!(error.contains(&format!("stay with Gemini, in the file {kept}")), "{error}");
+    let (code, said, error) = wait_and_read("failed");
+    assert_eq!((code, said.as_str()), (1, ""), "{error}");
+    let (_, _, message) = condition(&env.finished("failed").await, conditions::FAILED).unwrap();
+    assert!(error.contains(&message), "{error}");
 }
