@@ -51,12 +51,17 @@ check: fmt lint generated ## Format, lints and generated files, as CI checks the
 .PHONY: fmt
 fmt: ## Fail if the sources are not formatted
 	$(CARGO) fmt --all --check
+	$(CARGO) fmt --all --check --manifest-path fuzz/Cargo.toml
 	@unformatted="$$(gofmt -l hack)"; if [ -n "$$unformatted" ]; then echo "gofmt: $$unformatted"; exit 1; fi
 
 .PHONY: lint
 lint: ## clippy and go vet, warnings are errors
 	$(CARGO) clippy --workspace --all-targets --locked --features crash-points -- -D warnings
 	cd hack/devcluster && CGO_ENABLED=0 go vet -trimpath ./...
+
+.PHONY: fuzz
+fuzz: ## Fuzz the parsers of outside bytes, FUZZ_SECONDS (default 60) each; needs nightly Rust
+	@hack/fuzz.sh
 
 .PHONY: generate
 generate: ## Write the generated files anew (crds/)
