@@ -100,11 +100,17 @@ async fn callback(
     request: Request,
 ) -> Response {
     let mut scheme = "none";
-    let limit = state.config.limits.handler;
     let end = match path {
         Ok(Path((namespace, name, token))) => {
-            let delivery = handle(&state, &namespace, &name, &token, request, &mut scheme);
-            let end = timeout(limit, delivery).await.unwrap_or_else(|_| End::later("timed_out"));
+            let end = match first_look(&state, &namespace, &name, &token, request.headers()) {
+                Err(end) => end,
+                Ok(claims) => {
+                    let limit = state.config.limits.handler;
+                    let delivery = handle(&state, &namespace, &name, &token, claims, request, &mut scheme);
+                    // boxed, so that a flood of wrong tokens does not pay for the room that all the rest needs
+                    timeout(limit, Box::pin(delivery)).await.unwrap_or_else(|_| End::later("timed_out"))
+                }
+            };
             if !matches!(end, End::Taken(_)) {
                 // the reason for whoever asks why; never a URI, header or body, and of the token a hash
                 debug!(reason = end.outcome(), scheme, token = %Token::log_prefix(&token), "callback not taken");
@@ -117,23 +123,44 @@ async fn callback(
     end.into_response()
 }
 
-/// The checks, cheapest first.
+/// What a wrong token does not get past: nothing here waits, and nothing is kept. `None`: the token names a key that
+/// the ring may have by now.
+fn first_look(
+    state: &State,
+    namespace: &str,
+    name: &str,
+    token: &str,
+    headers: &HeaderMap,
+) -> Result<Option<Claims>, End> {
+    if announced_length(headers).is_some_and(|length| length > MAX_BODY as u64) {
+        return Err(End::Broken(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large"));
+    }
+    let ring = state.ring.current().ok_or_else(|| End::later("no_keyring"))?;
+    match Token::verify(&ring, namespace, name, token) {
+        Ok(claims) => Ok(Some(claims)),
+        Err(Reason::UnknownKey) => Ok(None),
+        Err(reason) => Err(End::Refused(reason.reason())),
+    }
+}
+
+/// The checks that come after, cheapest first.
 async fn handle(
     state: &State,
     namespace: &str,
     name: &str,
     token: &str,
+    claims: Option<Claims>,
     request: Request,
     scheme: &mut &'static str,
 ) -> End {
     let (head, body) = request.into_parts();
-    if announced_length(&head.headers).is_some_and(|length| length > MAX_BODY as u64) {
-        return End::Broken(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large");
-    }
     let now = (state.clock)();
-    let claims = match check_token(state, namespace, name, token, now).await {
-        Ok(claims) => claims,
-        Err(end) => return end,
+    let claims = match claims {
+        Some(claims) => claims,
+        None => match look_again(state, namespace, name, token, now).await {
+            Ok(claims) => claims,
+            Err(end) => return end,
+        },
     };
     crash::at("receiver", "addressed");
     let policy = policy_for(state, namespace, name, token);
@@ -159,23 +186,17 @@ fn announced_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-async fn check_token(
+/// The token once more, with a ring that is read again if that was not done just now.
+async fn look_again(
     state: &State,
     namespace: &str,
     name: &str,
     token: &str,
     now: Timestamp,
 ) -> Result<Claims, End> {
+    state.ring.look_for_new_keys(now).await;
     let ring = state.ring.current().ok_or_else(|| End::later("no_keyring"))?;
-    let verdict = match Token::verify(&ring, namespace, name, token) {
-        Err(Reason::UnknownKey) => {
-            state.ring.look_for_new_keys(now).await;
-            let ring = state.ring.current().unwrap_or(ring);
-            Token::verify(&ring, namespace, name, token)
-        }
-        verdict => verdict,
-    };
-    verdict.map_err(|reason| End::Refused(reason.reason()))
+    Token::verify(&ring, namespace, name, token).map_err(|reason| End::Refused(reason.reason()))
 }
 
 /// The configured policy, with this very URL as the audience of a JWT unless another was configured.
