@@ -63,6 +63,10 @@ lint: ## clippy and go vet, warnings are errors
 fuzz: ## Fuzz the parsers of outside bytes, FUZZ_SECONDS (default 60) each; needs nightly Rust
 	@hack/fuzz.sh
 
+.PHONY: mutants
+mutants: ## Break src/callback in every way and see its tests notice; an hour, resumable
+	@hack/mutants.sh
+
 .PHONY: bench-receiver
 bench-receiver: ## Measure the receiver beside bare axum on two cores; fails if a hard limit does not hold
 	@$(CARGO) build --release --locked -p gemini-batch-bench
