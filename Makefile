@@ -57,12 +57,26 @@ check: fmt lint generated ## Format, lints and generated files, as CI checks the
 .PHONY: fmt
 fmt: ## Fail if the sources are not formatted
 	$(CARGO) fmt --all --check
+	$(CARGO) fmt --all --check --manifest-path fuzz/Cargo.toml
 	@unformatted="$$(gofmt -l hack)"; if [ -n "$$unformatted" ]; then echo "gofmt: $$unformatted"; exit 1; fi
 
 .PHONY: lint
 lint: ## clippy and go vet, warnings are errors
 	$(CARGO) clippy --workspace --all-targets --locked --features crash-points -- -D warnings
 	cd hack/devcluster && CGO_ENABLED=0 go vet -trimpath ./...
+
+.PHONY: fuzz
+fuzz: ## Fuzz the parsers of outside bytes, FUZZ_SECONDS (default 60) each; needs nightly Rust
+	@hack/fuzz.sh
+
+.PHONY: mutants
+mutants: ## Break src/callback in every way and see its tests notice; an hour, resumable
+	@hack/mutants.sh
+
+.PHONY: bench-receiver
+bench-receiver: ## Measure the receiver beside bare axum on two cores; fails if a hard limit does not hold
+	@$(CARGO) build --release --locked -p gemini-batch-bench
+	"$(TARGET_DIR)/release/gemini-batch-bench"
 
 .PHONY: generate
 generate: ## Write the generated files anew (crds/)

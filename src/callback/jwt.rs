@@ -50,7 +50,12 @@ pub(super) fn check(
     let (header, payload) = message.split_once('.').ok_or(Refusal::JwtMalformed)?;
     let decode = |part: &str| URL_SAFE_NO_PAD.decode(part).map_err(|_| Refusal::JwtMalformed);
     decode(signature)?;
-    let header: Header = serde_json::from_slice(&decode(header)?).map_err(|_| Refusal::JwtMalformed)?;
+    let header = decode(header)?;
+    // serde would read the members from an array as well
+    if header.iter().find(|b| !b.is_ascii_whitespace()) != Some(&b'{') {
+        return Err(Refusal::JwtMalformed);
+    }
+    let header: Header = serde_json::from_slice(&header).map_err(|_| Refusal::JwtMalformed)?;
     if header.alg != "RS256" {
         return Err(Refusal::JwtAlgorithm);
     }
@@ -176,6 +181,13 @@ mod tests {
     fn a_good_one_passes_with_its_age() {
         assert_eq!(check_claims(&claims()), Ok(Some(10)));
         assert_eq!(check_claims(&without(claims(), "iat")), Ok(None));
+    }
+
+    #[test]
+    fn a_header_is_an_object() {
+        for other in [json!(["RS256"]), json!(["RS256", "a"]), json!("RS256"), json!(null), json!(7)] {
+            assert_eq!(check_jwt(&sign_jwt(&other, &claims())), Err(Refusal::JwtMalformed), "{other}");
+        }
     }
 
     #[test]

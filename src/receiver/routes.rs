@@ -102,14 +102,20 @@ async fn callback(
     request: Request,
 ) -> Response {
     let mut scheme = "none";
-    let limit = state.config.limits.handler;
     // Whether the connection is closed after a refusal depends on how the request looks, not on whether its token was
     // right and its body therefore read.
     let close = announced_length(request.headers()).is_none_or(|length| length > SMALL_BODY);
     let end = match path {
         Ok(Path((namespace, name, token))) => {
-            let delivery = handle(&state, &namespace, &name, &token, request, &mut scheme);
-            let end = timeout(limit, delivery).await.unwrap_or_else(|_| End::later("timed_out"));
+            let end = match first_look(&state, &namespace, &name, &token, request.headers()) {
+                Err(end) => end,
+                Ok(claims) => {
+                    let limit = state.config.limits.handler;
+                    let delivery = handle(&state, &namespace, &name, &token, claims, request, &mut scheme);
+                    // boxed, so that a flood of wrong tokens does not pay for the room that all the rest needs
+                    timeout(limit, Box::pin(delivery)).await.unwrap_or_else(|_| End::later("timed_out"))
+                }
+            };
             if !matches!(end, End::Taken(_)) {
                 // the reason for whoever asks why; never a URI, header or body, and of the token a hash
                 debug!(reason = end.outcome(), scheme, token = %Token::log_prefix(&token), "callback not taken");
@@ -127,28 +133,38 @@ async fn callback(
     response
 }
 
-/// The checks, cheapest first.
+/// What a wrong token does not get past: nothing here waits, nothing is read or kept. The ring at hand decides: a key
+/// that this receiver has not read yet signs nothing either, since it is read every minute and signs after five.
+fn first_look(
+    state: &State,
+    namespace: &str,
+    name: &str,
+    token: &str,
+    headers: &HeaderMap,
+) -> Result<Claims, End> {
+    // Answered by "100 Continue" only for a right token, it would tell which tokens are right.
+    if headers.contains_key(EXPECT) {
+        return Err(End::Broken(StatusCode::EXPECTATION_FAILED, "expect"));
+    }
+    if announced_length(headers).is_some_and(|length| length > MAX_BODY as u64) {
+        return Err(End::Broken(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large"));
+    }
+    let ring = state.ring.current().ok_or_else(|| End::later("no_keyring"))?;
+    Token::verify(&ring, namespace, name, token).map_err(|reason| End::Refused(reason.reason()))
+}
+
+/// The checks that come after, cheapest first.
 async fn handle(
     state: &State,
     namespace: &str,
     name: &str,
     token: &str,
+    claims: Claims,
     request: Request,
     scheme: &mut &'static str,
 ) -> End {
     let (head, body) = request.into_parts();
-    // Answered by "100 Continue" only for a right token, it would tell which tokens are right.
-    if head.headers.contains_key(EXPECT) {
-        return End::Broken(StatusCode::EXPECTATION_FAILED, "expect");
-    }
-    if announced_length(&head.headers).is_some_and(|length| length > MAX_BODY as u64) {
-        return End::Broken(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large");
-    }
     let now = (state.clock)();
-    let claims = match check_token(state, namespace, name, token) {
-        Ok(claims) => claims,
-        Err(end) => return end,
-    };
     crash::at("receiver", "addressed");
     let policy = policy_for(state, namespace, name, token);
     let early = Delivery::from_headers(&head.headers, &[]).and_then(|d| check_headers(&d, &policy, now));
@@ -171,13 +187,6 @@ async fn handle(
 /// `Content-Length`, if there is one. hyper has refused contradictory ones before.
 fn announced_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
-}
-
-/// With the ring at hand: whoever comes with a wrong token causes nothing at all. A key that a receiver has not read
-/// yet signs nothing either: it is read every minute, and signs after five.
-fn check_token(state: &State, namespace: &str, name: &str, token: &str) -> Result<Claims, End> {
-    let ring = state.ring.current().ok_or_else(|| End::later("no_keyring"))?;
-    Token::verify(&ring, namespace, name, token).map_err(|reason| End::Refused(reason.reason()))
 }
 
 /// The configured policy, with this very URL as the audience of a JWT unless another was configured.

@@ -98,7 +98,7 @@ async fn the_examples_are_accepted() {
     }
 }
 
-/// The commands of the example's containers, one after another, with the rights of its ServiceAccount and no
+/// The commands of the example's containers, one after another, with the rights of its `ServiceAccount` and no
 /// others. (The control plane of the tests has no nodes that could run them.)
 #[tokio::test(flavor = "multi_thread")]
 async fn the_dependent_waits_and_reads_with_its_own_rights() {

@@ -1,0 +1,4 @@
+//! See Cargo.toml.
+
+#[path = "../../src/callback/mod.rs"]
+pub mod callback;
