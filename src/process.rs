@@ -29,6 +29,7 @@ use crate::controller::metrics::Metrics;
 use crate::controller::{Timings, ring, run as controller};
 use crate::gemini;
 use crate::lease::{self, Elector};
+use crate::receiver::server::open_files_limit;
 use crate::receiver::tls::Tls;
 use crate::receiver::{self, Receiver, Upstreams};
 
@@ -174,13 +175,24 @@ fn receiver_config(args: &RunArgs, external_url: Url) -> anyhow::Result<receiver
         (Some(certificate), Some(key)) => Some(Tls::load(certificate.clone(), key.clone())?),
         _ => None, // clap wants both or none
     };
+    let config = receiver::Config::new(external_url);
+    let wanted = config.limits.connections;
+    let limits = config.limits.within(open_files_limit());
+    if limits.connections < wanted {
+        tracing::warn!(
+            connections = limits.connections,
+            wanted,
+            "fewer connections than wanted: the limit of open files (ulimit -n) is low"
+        );
+    }
     Ok(receiver::Config {
+        limits,
         schemes: args.callback_schemes.clone(),
         audience: (!args.callback_audience.is_empty()).then(|| args.callback_audience.clone()),
         past: seconds(args.callback_max_age_seconds),
         future: seconds(args.callback_max_skew_seconds),
         tls: tls.map(Arc::new),
-        ..receiver::Config::new(external_url)
+        external_url: config.external_url,
     })
 }
 

@@ -68,6 +68,30 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    /// No more connections than this process may have files open, with room for everything else: health checks and
+    /// the API server must get through while strangers hold all of them.
+    #[must_use]
+    pub fn within(self, open_files: Option<usize>) -> Self {
+        const EVERYTHING_ELSE: usize = 256;
+        let room = open_files
+            .map_or(usize::MAX, |limit| limit.saturating_sub(EVERYTHING_ELSE).max(limit / 4).max(1));
+        Self { connections: self.connections.min(room), ..self }
+    }
+}
+
+/// How many files this process may have open, if the system says so.
+#[must_use]
+pub fn open_files_limit() -> Option<usize> {
+    soft_limit(&std::fs::read_to_string("/proc/self/limits").ok()?)
+}
+
+fn soft_limit(limits: &str) -> Option<usize> {
+    limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().next()?.parse().ok())
+}
+
 /// Accepts and serves until `shutdown`, then lets requests in flight finish.
 pub async fn serve(
     listener: TcpListener,
@@ -215,4 +239,23 @@ fn is_the_peers(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionRefused
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_leave_room_for_everything_else() {
+        let connections = |limit| Limits::default().within(limit).connections;
+        assert_eq!(connections(None), 4096);
+        assert_eq!(connections(Some(1_048_576)), 4096);
+        assert_eq!(connections(Some(1024)), 768);
+        assert_eq!(connections(Some(256)), 64);
+        assert_eq!(connections(Some(0)), 1);
+        let text = "Limit   Soft Limit   Hard Limit   Units\nMax open files   1024   524288   files\n";
+        assert_eq!(soft_limit(text), Some(1024));
+        assert_eq!(soft_limit("Max open files   unlimited   unlimited   files\n"), None);
+        assert!(open_files_limit().is_some_and(|limit| limit > 0));
+    }
 }
