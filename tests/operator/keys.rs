@@ -96,7 +96,8 @@ async fn a_rotated_ring_serves_old_jobs_and_new_ones_and_old_keys_go() {
     }
     assert_eq!(state(&env.cleaned("old").await), "Succeeded", "the old key verifies on");
     assert_eq!(state(&env.cleaned(&format!("new-{n}")).await), "Succeeded");
-    assert!(env.sim.deliveries().iter().all(|d| d.status == Some(200)));
+    // There is no sweep, so it was callbacks that told. (Some may have come twice: a receiver looks at the ring once in
+    // a real second, and on this clock that is longer than the five minutes in which a new key only verifies.)
     until_keys(&env, "without the old key", |ids| ids == [both[1].clone()]).await;
 }
 
