@@ -70,7 +70,7 @@ fuzz: ## Fuzz the parsers of outside bytes, FUZZ_SECONDS (default 60) each; need
 	@hack/fuzz.sh
 
 .PHONY: mutants
-mutants: ## Break src/callback in every way and see its tests notice; an hour, resumable
+mutants: ## Break src/callback in every way and see its tests notice; half an hour, resumable
 	@hack/mutants.sh
 
 .PHONY: bench-receiver

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Changes src/callback in every way that cargo-mutants knows, one at a time, and sees whether its unit and property
-# tests notice. Prints what survived, and fails if something did. Takes a while, and can be interrupted: what was
+# tests notice. Prints what survived, and fails if something did. Takes half an hour, and can be interrupted: what was
 # caught is not tried again, unless the line it is in has moved.
 #     hack/mutants.sh [OPTIONS of cargo mutants]
 set -euo pipefail
@@ -24,6 +24,10 @@ printf '#[path = "src/callback/mod.rs"]\npub mod callback;\n' >"$tree/lib.rs"
   printf '\n[workspace]\n[profile.mutants]\ninherits = "dev"\ndebug = false\n[profile.mutants.package."*"]\nopt-level = 2\n'
 } >"$tree/Cargo.toml"
 
+code=0
 PATH="$(dirname "$cargo_mutants"):$PATH" CARGO_TARGET_DIR=$cache/target CARGO_INCREMENTAL=1 \
   cargo mutants --dir "$tree" --in-place --output "$cache" --iterate --profile mutants \
-  --timeout 120 --no-shuffle --colors never "$@"
+  --timeout 30 --no-shuffle --colors never "$@" || code=$?
+
+# 3: nothing survived, but some made the tests hang, which nobody would overlook either
+[[ $code -eq 0 || $code -eq 3 ]] || exit "$code"

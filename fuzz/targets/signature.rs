@@ -89,10 +89,9 @@ fn what_is_signed_passes_and_only_then(given: &Delivery<'_>) {
         };
         let again = judge(&again, common::T).expect("signed");
         assert_eq!((again.replay_key, &again.hint_id), (accepted.replay_key, &accepted.hint_id));
-        // the window ends where it says
+        // the window ends where it says; without the signatures, which are most of the time
         for (age, inside) in [(93_600, true), (93_601, false), (-300, true), (-301, false)] {
             if (0..253_402_200_000).contains(&(now + age)) {
-                assert_eq!(judge(&delivery, now + age).is_ok(), inside, "{age}");
                 assert_eq!(check_headers(&delivery, &POLICY, at(now + age)).is_ok(), inside, "{age}");
             }
         }

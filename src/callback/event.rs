@@ -115,6 +115,11 @@ mod tests {
     }
 
     #[test]
+    fn the_limit_that_the_receiver_and_its_documentation_share() {
+        assert_eq!(MAX_BODY, 65_536);
+    }
+
+    #[test]
     fn types_in_all_their_spellings() {
         for (text, kind, word) in [
             ("batch.succeeded", EventType::Succeeded, "batch.succeeded"),

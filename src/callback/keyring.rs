@@ -380,6 +380,15 @@ mod tests {
     }
 
     #[test]
+    fn a_stored_ring_has_at_most_64_kib() {
+        let mut document = KeyRing::generate("c", at(0)).unwrap().to_json().to_vec();
+        document.resize(64 * 1024, b' ');
+        assert!(KeyRing::parse(&document).is_ok());
+        document.push(b' ');
+        assert!(matches!(KeyRing::parse(&document).unwrap_err(), KeyRingError::Unreadable(_)));
+    }
+
+    #[test]
     fn keys_are_random_and_printed_nowhere() {
         let a = KeyRing::generate("c", at(0)).unwrap();
         let b = KeyRing::generate("c", at(0)).unwrap();
