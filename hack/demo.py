@@ -74,7 +74,8 @@ class Demo:
         self.work = work
         self.children: list[tuple[str, subprocess.Popen]] = []
         self.dies_with_this_process = dies_with_this_process()
-        self.env = dict(os.environ)
+        # The end of a log that says why a part ended is its error, not where in the code that came from.
+        self.env = {"RUST_LIB_BACKTRACE": "0", **os.environ}
         self.simulator = port_from("GBO_DEMO_SIMULATOR_PORT", 18080)
         self.callbacks = port_from("GBO_DEMO_CALLBACK_PORT", 18081)
         self.admin = port_from("GBO_DEMO_ADMIN_PORT", 18082)
