@@ -47,13 +47,6 @@ pub struct Config {
 pub struct Leadership(Arc<Mutex<Option<Instant>>>);
 
 impl Leadership {
-    /// For tests and for a controller that is alone by other means: leads for ever.
-    #[must_use]
-    pub fn always() -> Self {
-        // A century: no process lives as long.
-        Self(Arc::new(Mutex::new(Instant::now().checked_add(Duration::from_hours(876_000)))))
-    }
-
     /// Whether it leads at this very moment.
     #[must_use]
     pub fn holds(&self) -> bool {

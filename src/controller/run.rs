@@ -290,7 +290,6 @@ pub enum Error {
 }
 
 async fn reconcile(cached: Arc<Watched>, ctx: Arc<Context>) -> Result<Requeue, Error> {
-    let object = Arc::clone(&cached);
     let cached = match &cached.0 {
         Ok(job) => job,
         Err(unreadable) => {
@@ -332,7 +331,7 @@ async fn reconcile(cached: Arc<Watched>, ctx: Arc<Context>) -> Result<Requeue, E
         // The whole job can't be read, though the cache can hold it without its payload.
         Err(Error::Kubernetes(kube::Error::SerdeError(e))) => {
             lock(&ctx.memories).insert(uid, memory);
-            unreadable(&ctx, &object, cached, &e).await?;
+            unreadable(&ctx, cached, &e).await?;
             Ok(Requeue::await_change())
         }
         Err(e) => {
@@ -343,12 +342,7 @@ async fn reconcile(cached: Arc<Watched>, ctx: Arc<Context>) -> Result<Requeue, E
 }
 
 /// Says what is wrong with a job that can't be read in whole, without reading it.
-async fn unreadable(
-    ctx: &Context,
-    object: &Watched,
-    cached: &GeminiBatchJob,
-    error: &serde_json::Error,
-) -> Result<(), Error> {
+async fn unreadable(ctx: &Context, cached: &GeminiBatchJob, error: &serde_json::Error) -> Result<(), Error> {
     // Valid JSON from the API server can only be too deep; other errors are about what it means.
     let problem = if error.is_syntax() {
         super::Problem::new(
@@ -361,7 +355,7 @@ async fn unreadable(
     };
     let say = Change::Waiting { problem: problem.clone(), stalled: true, results: None };
     if report::write_blindly(&ctx.client, cached, &say, ctx.clock.now()).await? {
-        publish(ctx, &object.object_ref(&()), problem.reason, &problem.message, false).await;
+        publish(ctx, &cached.object_ref(&()), problem.reason, &problem.message, false).await;
     }
     Ok(())
 }
