@@ -5,13 +5,18 @@
 #
 #   examples/wait-and-read.sh JOB [TIMEOUT]
 #
-# Exit code 0: the results are on stdout. 1: there are none, the reason is on stderr. 3: the job has no
-# spec.output, so its results are still with Gemini.
+# The job need not be there yet. Exit code 0: the results are on stdout. 1: there are none, the reason is on
+# stderr. 2: it has not finished in time, what it waits for is on stderr. 3: it has no spec.output, so its results
+# are still with Gemini.
 set -eu
 job=${1:?usage: wait-and-read.sh JOB [TIMEOUT]}
 timeout=${2:-24h}
 
-kubectl wait --for=condition=Finished "gbj/$job" --timeout="$timeout" >&2
+if ! kubectl wait --for=create "gbj/$job" --timeout="$timeout" >&2 ||
+  ! kubectl wait --for=condition=Finished "gbj/$job" --timeout="$timeout" >&2; then
+  kubectl get gbj "$job" -o 'jsonpath={.status.conditions[?(@.type=="Ready")].message}{"\n"}' >&2 || true
+  exit 2
+fi
 state=$(kubectl get gbj "$job" -o 'jsonpath={.status.state}')
 if [ "$state" != Succeeded ]; then
   kubectl get gbj "$job" -o 'jsonpath={.status.conditions[?(@.type=="Failed")].message}{"\n"}' >&2

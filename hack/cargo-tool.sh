@@ -7,9 +7,13 @@ set -euo pipefail
 
 die() { echo "cargo-tool: $*" >&2; exit 1; }
 
-[[ $# -eq 1 ]] || die "usage: $0 cargo-fuzz|cargo-mutants"
+[[ $# -eq 1 ]] || die "usage: $0 cargo-cyclonedx|cargo-deny|cargo-fuzz|cargo-mutants"
 tool=$1
+flags=()
 case $tool in
+  # --debug: they work for seconds, so optimising them would take longer than it saves
+  cargo-cyclonedx) version=0.5.9 flags=(--debug) ;;
+  cargo-deny) version=0.20.2 flags=(--debug) ;;
   cargo-fuzz) version=0.13.2 ;;
   cargo-mutants) version=27.1.0 ;;
   *) die "$tool is not one of the tools that this project uses" ;;
@@ -27,10 +31,12 @@ if [[ ! -x $root/bin/$tool ]]; then
     flock 9
   fi
   if [[ ! -x $root/bin/$tool ]]; then
-    echo "cargo-tool: installing $tool $version (about two minutes, once)" >&2
+    echo "cargo-tool: installing $tool $version (some minutes, once)" >&2
+    begin=$SECONDS
     # the calling make may have its own target directory and flags: a tool is built apart from them
-    env -u CARGO_TARGET_DIR -u RUSTFLAGS cargo install --quiet --locked --root "$root" --version "$version" "$tool" >&2 ||
+    env -u CARGO_TARGET_DIR -u RUSTFLAGS cargo install --quiet --locked "${flags[@]}" --root "$root" --version "$version" "$tool" >&2 ||
       die "could not install $tool $version; see above (it comes from the usual crate registry)"
+    echo "cargo-tool: installed in $((SECONDS - begin)) s" >&2
   fi
 fi
 echo "$root/bin/$tool"

@@ -1,5 +1,6 @@
 //! Every flag and environment variable, in one place.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -27,6 +28,8 @@ pub enum Command {
     Crd,
     /// Add a key to the ring that callback URLs are signed with.
     RotateKeys(RotateKeysArgs),
+    /// Check that an installation works, as far as that can be seen without a batch.
+    Check(crate::check::CheckArgs),
     /// Say why a callback is accepted or refused.
     Verify(Box<crate::verify::VerifyArgs>),
 }
@@ -56,6 +59,21 @@ impl Role {
     }
 }
 
+/// Whether Gemini is asked to call back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Callbacks {
+    /// It is; the sweep finds what it does not tell.
+    On,
+    /// It is not: each API key is asked for its batches every minute. Needs no URL that Gemini reaches.
+    Off,
+}
+
+/// Seconds between two sweeps for what callbacks did not tell.
+const SWEEP_SECONDS: u32 = 600;
+
+/// The same if there are no callbacks.
+const POLL_SECONDS: u32 = 60;
+
 /// Name of the key ring's Secret, unless an administrator gives another.
 const KEY_RING_SECRET: &str = "gemini-batch-operator-callback-keys";
 
@@ -74,10 +92,16 @@ pub struct RotateKeysArgs {
 
 /// Flags of `run`. Each has an environment variable of the same name, with the prefix `GBO_`.
 #[derive(Args, Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub struct RunArgs {
     /// Which half of the operator to run.
     #[arg(long, env = "GBO_ROLE", value_enum, default_value = "all")]
     pub role: Role,
+
+    /// Whether Gemini is asked to call back when a batch has ended. off: the operator asks for the batches of each
+    /// API key instead, and needs no --external-url and no receiver. May be changed at any time.
+    #[arg(long, env = "GBO_CALLBACKS", value_enum, default_value = "on")]
+    pub callbacks: Callbacks,
 
     /// Namespace of the operator: where its key ring is. Default: the namespace of the pod, or of the
     /// kubeconfig's context.
@@ -97,10 +121,16 @@ pub struct RunArgs {
     #[arg(long, env = "GBO_CLUSTER_ID")]
     pub cluster_id: Option<String>,
 
-    /// The one namespace whose jobs are worked on. Default: all. Needs --cluster-id, since the default id
-    /// can't be read then.
-    #[arg(long, env = "GBO_WATCH_NAMESPACE", requires = "cluster_id")]
-    pub watch_namespace: Option<String>,
+    /// The namespaces whose jobs are worked on, separated by commas; they must exist, and the operator's account must
+    /// have a Role in each. Default: all. Needs --cluster-id, since the default id can't be read then.
+    #[arg(
+        long,
+        env = "GBO_WATCH_NAMESPACES",
+        value_name = "NAMESPACES",
+        value_delimiter = ',',
+        requires = "cluster_id"
+    )]
+    pub watch_namespaces: Vec<String>,
 
     /// Where Gemini reaches the receiver, for example <https://batch-callbacks.example.com>. The controller
     /// puts it into the callback URL of each batch, the receiver checks that callbacks were meant for it.
@@ -175,9 +205,24 @@ pub struct RunArgs {
     #[arg(long, env = "GBO_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
     pub concurrency: u16,
 
-    /// Seconds between two sweeps for what callbacks did not tell.
-    #[arg(long, env = "GBO_SWEEP_SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..))]
-    pub sweep_seconds: u32,
+    /// How many batches of one API key the operator lets be active at once; further jobs wait, first come first
+    /// served. Gemini allows 100 for each project, whoever created them.
+    #[arg(long, env = "GBO_MAX_ACTIVE_BATCHES", default_value_t = 80, value_parser = clap::value_parser!(u16).range(1..))]
+    pub max_active_batches: u16,
+
+    /// Seconds between two sweeps for what callbacks did not tell: one list of batches for each API key. Default: 600,
+    /// and 60 with --callbacks off.
+    #[arg(long, env = "GBO_SWEEP_SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub sweep_seconds: Option<u32>,
+
+    /// Seconds after which a create whose answer was lost, and whose batch is not found, is sent again behind a
+    /// fence. More than a create may take (180) plus --lease-seconds.
+    #[arg(long, env = "GBO_RESEND_GRACE_SECONDS", default_value_t = 600)]
+    pub resend_grace_seconds: u32,
+
+    /// For tests: seconds, on the operator's clock, that the creation of a batch may take.
+    #[arg(long, env = "GBO_CREATE_TIMEOUT_SECONDS", hide = true, default_value_t = 180, value_parser = clap::value_parser!(u32).range(1..))]
+    pub create_timeout_seconds: u32,
 
     /// Lease in the operator's namespace by which one of several controllers is elected.
     #[arg(long, env = "GBO_LEASE_NAME", default_value = "gemini-batch-operator")]
@@ -199,6 +244,35 @@ pub struct RunArgs {
     #[arg(long, env = "GBO_LEASE_RETRY_SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     pub lease_retry_seconds: u32,
 
+    /// Ask for no new batches. Those that exist are watched, collected and cancelled as ever; jobs that wait say so.
+    #[arg(long, env = "GBO_PAUSE_SUBMISSIONS")]
+    pub pause_submissions: bool,
+
+    /// Secret in the operator's namespace with the API key that pays for jobs without spec.credentials, in the
+    /// namespaces of --default-credential-namespaces. Default: there is none.
+    #[arg(
+        long,
+        env = "GBO_DEFAULT_CREDENTIAL_SECRET",
+        value_name = "NAME",
+        value_parser = clap::builder::NonEmptyStringValueParser::new()
+    )]
+    pub default_credential_secret: Option<String>,
+
+    /// Key in that Secret.
+    #[arg(
+        long,
+        env = "GBO_DEFAULT_CREDENTIAL_KEY",
+        value_name = "KEY",
+        default_value = "apiKey",
+        value_parser = clap::builder::NonEmptyStringValueParser::new()
+    )]
+    pub default_credential_key: String,
+
+    /// Namespaces whose jobs may use that API key, or * for all. Default: none. One that is taken from the list starts
+    /// nothing new; what it has at Gemini is still collected, and can be cancelled.
+    #[arg(long, env = "GBO_DEFAULT_CREDENTIAL_NAMESPACES", value_name = "NAMESPACES", value_delimiter = ',')]
+    pub default_credential_namespaces: Vec<String>,
+
     /// Log level, for example info, debug, or `warn,gemini_batch_operator=debug`.
     #[arg(long, env = "GBO_LOG_LEVEL", default_value = "info")]
     pub log_level: String,
@@ -216,6 +290,16 @@ pub struct RunArgs {
     pub clock_factor: f64,
 }
 
+/// Whether a namespace can be called so (RFC 1123 label).
+fn is_label(name: &str) -> bool {
+    let letter = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    let (first, last) = (name.bytes().next(), name.bytes().next_back());
+    name.len() <= 63
+        && first.is_some_and(letter)
+        && last.is_some_and(letter)
+        && name.bytes().all(|b| letter(b) || b == b'-')
+}
+
 fn callback_scheme(text: &str) -> Result<Scheme, String> {
     match text.parse()? {
         // Its secret belongs to a webhook of the whole project; a batch's own webhook has none.
@@ -230,9 +314,15 @@ pub enum ConfigError {
     /// Both roles need the external URL.
     #[error(
         "--external-url is missing: the address at which Gemini reaches the callback receiver, \
-         for example https://batch-callbacks.example.com"
+         for example https://batch-callbacks.example.com. --callbacks off needs none: Gemini is polled then"
     )]
     NoExternalUrl,
+    /// A receiver of nothing.
+    #[error(
+        "--role receiver has nothing to do with --callbacks off: run the controller alone (--role controller, or \
+         all), or turn callbacks on"
+    )]
+    ReceiverWithoutCallbacks,
     /// An external URL must be https.
     #[error(
         "--external-url must be https, Gemini's callbacks cross the internet; \
@@ -259,6 +349,34 @@ pub enum ConfigError {
          --lease-seconds: else two controllers could lead at once"
     )]
     LeaseTimings,
+    /// A create could still be on its way when the next one is sent.
+    #[error(
+        "--resend-grace-seconds must be more than {least}: a create may take {create} seconds, and a controller that \
+         lost its lease may have sent one up to --lease-seconds later"
+    )]
+    ResendGrace {
+        /// Seconds, the sum of both.
+        least: u64,
+        /// Seconds that a create may take.
+        create: u32,
+    },
+    /// A list that says who may use nothing.
+    #[error(
+        "--default-credential-namespaces says who may use the operator's own API key, but there is none: name its Secret \
+         with --default-credential-secret"
+    )]
+    NoDefaultCredential,
+    /// Something that no namespace can be called, or none at all.
+    #[error(
+        "--watch-namespaces takes names of namespaces, separated by commas: {0:?} is none (patterns are not supported)"
+    )]
+    WatchedNamespace(String),
+    /// Something that no namespace can be called.
+    #[error(
+        "--default-credential-namespaces takes names of namespaces, separated by commas, or * for all: {0:?} is neither \
+         (patterns are not supported)"
+    )]
+    NamespaceName(String),
     /// A clock that stands still or runs backwards.
     #[error("--clock-factor must be a number above 0")]
     ClockFactor,
@@ -274,6 +392,49 @@ impl RunArgs {
         if retry >= deadline || deadline >= self.lease_seconds {
             return Err(ConfigError::LeaseTimings);
         }
+        let create = self.create_timeout_seconds;
+        let least = u64::from(create) + u64::from(self.lease_seconds);
+        if u64::from(self.resend_grace_seconds) <= least {
+            return Err(ConfigError::ResendGrace { least, create });
+        }
+        if let Some(other) = self.watch_namespaces().into_iter().find(|n| !is_label(n)) {
+            return Err(ConfigError::WatchedNamespace(other));
+        }
+        self.check_default_credential()?;
+        match (self.callbacks, self.role) {
+            (Callbacks::On, _) => self.check_callbacks(),
+            (Callbacks::Off, Role::Receiver) => Err(ConfigError::ReceiverWithoutCallbacks),
+            // Flags about callbacks may stay as they are while callbacks are off.
+            (Callbacks::Off, _) => Ok(()),
+        }
+    }
+
+    fn check_default_credential(&self) -> Result<(), ConfigError> {
+        let names = self.default_credential_namespaces();
+        if let Some(other) = names.iter().find(|n| *n != "*" && !is_label(n)) {
+            return Err(ConfigError::NamespaceName(other.clone()));
+        }
+        if self.default_credential_secret.is_none() && !names.is_empty() {
+            return Err(ConfigError::NoDefaultCredential);
+        }
+        Ok(())
+    }
+
+    /// Whose jobs are worked on; all if none is named.
+    #[must_use]
+    pub fn watch_namespaces(&self) -> BTreeSet<String> {
+        // Not as lenient as other lists: an empty name left out might leave no name, which would mean all.
+        self.watch_namespaces.iter().map(|n| n.trim().to_owned()).collect()
+    }
+
+    /// Who may use the operator's own API key. An empty value is an empty list.
+    #[must_use]
+    pub fn default_credential_namespaces(&self) -> BTreeSet<String> {
+        let names = self.default_credential_namespaces.iter().map(|n| n.trim());
+        names.filter(|n| !n.is_empty()).map(ToOwned::to_owned).collect()
+    }
+
+    fn check_callbacks(&self) -> Result<(), ConfigError> {
         let url = self.external_url.as_ref().ok_or(ConfigError::NoExternalUrl)?;
         if url.scheme() != "https" && !(url.scheme() == "http" && self.allow_insecure_callbacks) {
             return Err(ConfigError::InsecureExternalUrl);
@@ -292,6 +453,21 @@ impl RunArgs {
         Ok(())
     }
 
+    /// Where Gemini is asked to call back; `None` if it is not.
+    #[must_use]
+    pub fn callback_base(&self) -> Option<&Url> {
+        self.external_url.as_ref().filter(|_| self.callbacks == Callbacks::On)
+    }
+
+    /// Pause between two sweeps, in seconds.
+    #[must_use]
+    pub fn sweep_seconds(&self) -> u32 {
+        self.sweep_seconds.unwrap_or(match self.callbacks {
+            Callbacks::On => SWEEP_SECONDS,
+            Callbacks::Off => POLL_SECONDS,
+        })
+    }
+
     /// Where signing keys are published.
     #[must_use]
     pub fn jwks_url(&self) -> Url {
@@ -307,12 +483,79 @@ impl RunArgs {
 mod tests {
     use super::*;
 
-    fn check(args: &[&str]) -> Result<(), ConfigError> {
+    fn parse(args: &[&str]) -> RunArgs {
         let cli = Cli::parse_from(["gemini-batch-operator", "run"].into_iter().chain(args.iter().copied()));
         match cli.command {
-            Command::Run(run) => run.check(),
+            Command::Run(run) => *run,
             _ => unreachable!("the arguments say run"),
         }
+    }
+
+    fn check(args: &[&str]) -> Result<(), ConfigError> {
+        parse(args).check()
+    }
+
+    #[test]
+    fn without_callbacks_no_url_is_needed_and_nothing_can_be_received() {
+        assert_eq!(check(&["--callbacks=off"]), Ok(()));
+        assert_eq!(check(&["--callbacks=off", "--role=controller"]), Ok(()));
+        let receiver = check(&["--callbacks=off", "--role=receiver"]).unwrap_err();
+        assert_eq!(receiver, ConfigError::ReceiverWithoutCallbacks);
+        assert!(receiver.to_string().contains("turn callbacks on"), "{receiver}");
+        let lease = check(&["--callbacks=off", "--lease-seconds=10"]);
+        assert_eq!(lease, Err(ConfigError::LeaseTimings), "the rest is checked all the same");
+        // What was set up for callbacks may stay.
+        let kept = parse(&["--callbacks=off", "--external-url=https://x"]);
+        assert_eq!((kept.check(), kept.callback_base()), (Ok(()), None));
+        assert!(parse(&["--external-url=https://x"]).callback_base().is_some());
+        assert!(check(&[]).unwrap_err().to_string().contains("--callbacks off"));
+    }
+
+    #[test]
+    fn the_namespaces_of_the_default_credential_are_names() {
+        let secret = "--default-credential-secret=shared";
+        let list = |names: &str| {
+            let names = format!("--default-credential-namespaces={names}");
+            parse(&["--callbacks=off", secret, &names])
+        };
+        assert_eq!(
+            list("a,b-1, c").default_credential_namespaces(),
+            ["a", "b-1", "c"].map(String::from).into()
+        );
+        for good in ["a,b-1", "*", ""] {
+            assert_eq!(list(good).check(), Ok(()), "{good}");
+        }
+        for bad in ["team-*", "A", "-a", "a-", "a.b", "a,b_c"] {
+            let error = list(bad).check().unwrap_err();
+            assert!(matches!(error, ConfigError::NamespaceName(_)), "{bad}: {error}");
+            assert!(error.to_string().contains("patterns are not supported"));
+        }
+        let nobody = check(&["--callbacks=off", "--default-credential-namespaces=a"]);
+        assert_eq!(nobody, Err(ConfigError::NoDefaultCredential));
+        assert!(parse(&[secret]).default_credential_namespaces().is_empty());
+    }
+
+    #[test]
+    fn watched_namespaces_are_names_and_an_empty_one_is_not_all() {
+        let list = |names: &str| {
+            let names = format!("--watch-namespaces={names}");
+            parse(&["--callbacks=off", "--cluster-id=c", &names])
+        };
+        assert_eq!(list("b,a, b").watch_namespaces(), ["a", "b"].map(String::from).into());
+        assert_eq!(list("b,a").check(), Ok(()));
+        assert!(parse(&[]).watch_namespaces().is_empty());
+        for bad in ["", "a,", "*", "A"] {
+            let error = list(bad).check();
+            assert!(matches!(error, Err(ConfigError::WatchedNamespace(_))), "{bad:?}: {error:?}");
+        }
+    }
+
+    #[test]
+    fn a_poller_sweeps_more_often() {
+        assert_eq!(parse(&[]).sweep_seconds(), 600);
+        assert_eq!(parse(&["--callbacks=off"]).sweep_seconds(), 60);
+        assert_eq!(parse(&["--callbacks=off", "--sweep-seconds=5"]).sweep_seconds(), 5);
+        assert_eq!(parse(&["--sweep-seconds=5"]).sweep_seconds(), 5);
     }
 
     #[test]
@@ -339,6 +582,19 @@ mod tests {
             check(&["--external-url", "https://x", "--lease-seconds", "10"]),
             Err(ConfigError::LeaseTimings)
         );
+        for (grace, lease, least) in [("195", "15", 195), ("600", "420", 600), ("0", "15", 195)] {
+            let args =
+                ["--external-url", "https://x", "--resend-grace-seconds", grace, "--lease-seconds", lease];
+            let refused = check(&args);
+            assert_eq!(refused, Err(ConfigError::ResendGrace { least, create: 180 }), "{grace} {lease}");
+            assert!(
+                refused
+                    .unwrap_err()
+                    .to_string()
+                    .contains(&format!("more than {least}: a create may take 180"))
+            );
+        }
+        assert_eq!(check(&["--external-url", "https://x", "--resend-grace-seconds", "196"]), Ok(()));
         assert_eq!(
             check(&["--external-url", "https://x", "--clock-factor", "0"]),
             Err(ConfigError::ClockFactor)

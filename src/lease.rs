@@ -8,6 +8,7 @@
 //!
 //! kube has no leader election. Losing the lease stops the work that leads, not the process.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -44,13 +45,19 @@ pub struct Config {
 
 /// Whether this process leads, for whoever is about to do something that only the leader may.
 #[derive(Clone, Debug, Default)]
-pub struct Leadership(Arc<Mutex<Option<Instant>>>);
+pub struct Leadership(Arc<Mutex<Option<Instant>>>, Arc<AtomicBool>);
 
 impl Leadership {
     /// Whether it leads at this very moment.
     #[must_use]
     pub fn holds(&self) -> bool {
         self.until().is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Whether nobody has led before: this turn began by making the Lease.
+    #[must_use]
+    pub fn is_first(&self) -> bool {
+        self.1.load(Ordering::Relaxed)
     }
 
     fn until(&self) -> Option<Instant> {
@@ -76,7 +83,10 @@ pub struct Elector {
 /// How one try to take or renew the lease ended.
 enum Tried {
     /// It is ours.
-    Ours,
+    Ours {
+        /// It did not exist before.
+        made: bool,
+    },
     /// It is somebody else's.
     Theirs,
 }
@@ -108,9 +118,13 @@ impl Elector {
             self.leads.set(1);
             let turn = stop.child_token();
             let end = turn.clone();
-            let working = work(turn.clone());
+            let done = CancellationToken::new();
+            let working = async {
+                work(turn.clone()).await;
+                done.cancel();
+            };
             // The lease is held until the work has ended: released before, another one would begin meanwhile.
-            tokio::join!(working, self.keep(&end));
+            tokio::join!(working, self.keep(&end, &done));
             self.leads.set(0);
             if self.leadership.holds() {
                 self.release().await;
@@ -124,7 +138,7 @@ impl Elector {
     async fn acquire(&mut self) {
         loop {
             match self.attempt().await {
-                Ok(Tried::Ours) => return,
+                Ok(Tried::Ours { made }) => return self.leadership.1.store(made, Ordering::Relaxed),
                 Ok(Tried::Theirs) => {}
                 Err(error) => {
                     tracing::warn!(%error, lease = self.config.name, "the lease could not be taken");
@@ -134,38 +148,38 @@ impl Elector {
         }
     }
 
-    /// Renews until the turn is over, by its token or because the renewals fail for too long: then the token
-    /// is cancelled.
-    async fn keep(&mut self, turn: &CancellationToken) {
+    /// Renews until the work is done, also while it winds down: what it has in hand it may still record. If the
+    /// renewals fail for too long, the turn is cancelled.
+    async fn keep(&mut self, turn: &CancellationToken, done: &CancellationToken) {
         loop {
-            // Also while the work winds down: as long as it does, nobody else may begin.
-            let ended = turn.is_cancelled();
-            let Some(until) = self.leadership.until() else { return turn.cancel() };
+            let Some(until) = self.leadership.until() else { return self.lost(turn) };
             if Instant::now() >= until {
                 tracing::error!(lease = self.config.name, "the lease could not be renewed in time");
-                return turn.cancel();
+                return self.lost(turn);
             }
-            if ended {
+            if done.run_until_cancelled(tokio::time::sleep(self.pause())).await.is_none() {
                 return;
-            }
-            let _ = turn.run_until_cancelled(tokio::time::sleep(self.pause())).await;
-            if turn.is_cancelled() {
-                continue;
             }
             let left = until.saturating_duration_since(Instant::now());
             match tokio::time::timeout(left, self.attempt()).await {
                 Ok(Ok(Tried::Theirs)) => {
                     tracing::error!(lease = self.config.name, "somebody else has the lease");
                     self.leadership.set(None);
-                    return turn.cancel();
+                    return self.lost(turn);
                 }
                 Ok(Err(error)) => {
                     tracing::warn!(%error, lease = self.config.name, "the lease could not be renewed");
                 }
                 // Too late counts as not renewed: the next turn of the loop says so.
-                Ok(Ok(Tried::Ours)) | Err(_) => {}
+                Ok(Ok(Tried::Ours { .. })) | Err(_) => {}
             }
         }
+    }
+
+    /// The work winds down, and may do nothing any more that only the leader may.
+    fn lost(&self, turn: &CancellationToken) {
+        self.leads.set(0);
+        turn.cancel();
     }
 
     /// One try to take or renew the lease.
@@ -173,6 +187,7 @@ impl Elector {
         let sent = Instant::now();
         let now = self.clock.now();
         let there = self.leases.get_opt(&self.config.name).await?;
+        let made = there.is_none();
         let written = match there {
             None => self.leases.create(&post(), &self.lease(None, now)).await,
             Some(there) => {
@@ -188,7 +203,7 @@ impl Elector {
             Ok(_) => {
                 self.seen = None;
                 self.leadership.set(Some(sent + self.clock.real_of(self.config.renew_deadline)));
-                Ok(Tried::Ours)
+                Ok(Tried::Ours { made })
             }
             // Somebody wrote in between: whoever it was, the next look tells.
             Err(kube::Error::Api(status)) if status.code == 409 => Ok(Tried::Theirs),

@@ -5,7 +5,9 @@
 
 pub mod admin;
 pub mod api;
+mod broken;
 pub mod callback;
+pub mod check;
 pub mod clock;
 pub mod config;
 pub mod controller;

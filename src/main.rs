@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use gemini_batch_operator::config::{Cli, Command, RotateKeysArgs, RunArgs};
-use gemini_batch_operator::{api, process, telemetry, verify};
+use gemini_batch_operator::{api, check, process, telemetry, verify};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -13,6 +13,9 @@ fn main() -> ExitCode {
         Command::Crd => print_crd(),
         Command::Verify(args) => return verify::run(&args),
         Command::Run(args) => run(&args),
+        Command::Check(args) => {
+            runtime().map_err(Into::into).and_then(|runtime| runtime.block_on(check::run(&args)))
+        }
         Command::RotateKeys(args) => rotate_keys(&args),
     };
     match result {

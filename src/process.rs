@@ -10,6 +10,7 @@ use anyhow::{Context as _, bail};
 use http::HeaderValue;
 use http::header::USER_AGENT;
 use jiff::SignedDuration;
+use k8s_openapi::api::core::v1::ObjectReference;
 use kube::Client;
 use kube::runtime::events::{Recorder, Reporter};
 use prometheus_client::metrics::gauge::Gauge;
@@ -21,11 +22,13 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use crate::admin::{self, Admin};
+use crate::broken;
 use crate::callback::keyring;
 use crate::clock::Clock;
 use crate::config::{RotateKeysArgs, RunArgs};
 use crate::controller::identity::new_send_id;
 use crate::controller::metrics::Metrics;
+use crate::controller::policy::{DefaultCredential, Policy};
 use crate::controller::{Timings, ring, run as controller};
 use crate::gemini;
 use crate::lease::{self, Elector};
@@ -38,7 +41,9 @@ pub async fn run(args: &RunArgs) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut parts = start(args, kube_config().await?, Timings::default(), &stop).await?;
+    let grace = if broken::without("grace") { 0 } else { args.resend_grace_seconds };
+    let timings = Timings { resend_grace: SignedDuration::from_secs(i64::from(grace)), ..Timings::default() };
+    let mut parts = start(args, kube_config().await?, timings, &stop).await?;
 
     let ended = tokio::select! {
         _ = terminate.recv() => None,
@@ -73,10 +78,9 @@ pub async fn start(
     let agent = HeaderValue::from_static(concat!("gemini-batch-operator/", env!("CARGO_PKG_VERSION")));
     kube_config.headers.push((USER_AGENT, agent));
     let namespace = args.namespace.clone().unwrap_or_else(|| kube_config.default_namespace.clone());
-    let Some(external_url) = args.external_url.clone() else {
-        bail!(crate::config::ConfigError::NoExternalUrl)
-    };
-    let mut registry = Registry::with_prefix("gemini_batch");
+    args.check()?;
+    let external_url = args.callback_base().cloned();
+    let mut registry = Registry::default();
     let mut ready: Vec<admin::ReadyCheck> = Vec::new();
     let mut parts: JoinSet<anyhow::Result<()>> = JoinSet::new();
 
@@ -86,30 +90,35 @@ pub async fn start(
             namespace: namespace.clone(),
             secret: args.key_ring_secret.clone(),
             cluster_id: args.cluster_id.clone(),
-            watch_namespace: args.watch_namespace.clone(),
+            watch_namespaces: args.watch_namespaces(),
             recreate: args.recreate_key_ring,
         };
         let key_ring = ring::ensure(&client, &place, clock.now()).await?;
         let reporter = Reporter { controller: "gemini-batch-operator".to_owned(), instance: None };
         let lease = lease_config(args, &namespace);
         let leads = Gauge::default();
-        registry.register("leader", "1 while this controller leads, 0 while it waits", leads.clone());
+        let ours = registry.sub_registry_with_prefix("gemini_batch");
+        ours.register("leader", "1 while this controller leads, 0 while it waits", leads.clone());
+        let metrics = Metrics::register(ours);
+        metrics.register_common(&mut registry);
         // Renewals that are tried again behind our back for minutes would be worse than none.
         let impatient = receiver::hint::kube_client(kube_config.clone())?;
         let elector = Elector::new(impatient, lease, clock, leads);
         let ctx = Arc::new(controller::Context::new(
             client.clone(),
-            gemini_client(args)?,
+            gemini_client(args, clock)?,
             key_ring,
-            Some(external_url.clone()),
+            external_url.clone(),
             clock,
-            Timings { sweep: SignedDuration::from_secs(i64::from(args.sweep_seconds)), ..timings },
+            Timings { sweep: SignedDuration::from_secs(i64::from(args.sweep_seconds())), ..timings },
             args.max_input_bytes,
             args.concurrency,
+            args.max_active_batches,
             Recorder::new(client, reporter),
-            args.watch_namespace.clone(),
-            Metrics::register(&mut registry),
+            args.watch_namespaces(),
+            metrics,
             elector.leadership(),
+            policy(args, &namespace),
         ));
         let check = Arc::clone(&ctx);
         ready.push(Box::new(move || check.ready()));
@@ -120,7 +129,14 @@ pub async fn start(
         });
     }
 
-    if args.role.has_receiver() {
+    // Without callbacks there is nothing to receive, and no port that the internet could reach.
+    if external_url.is_none() {
+        tracing::info!(
+            seconds = args.sweep_seconds(),
+            "callbacks are off: Gemini is asked for the batches of each API key"
+        );
+    }
+    if let Some(external_url) = external_url.filter(|_| args.role.has_receiver()) {
         let upstreams = Upstreams {
             jwks_url: args.jwks_url(),
             allow_insecure: args.allow_insecure_upstream,
@@ -132,7 +148,7 @@ pub async fn start(
             upstreams,
             kube_config,
             Arc::new(move || clock.now()),
-            &mut registry,
+            registry.sub_registry_with_prefix("gemini_batch"),
         )?);
         let listener = TcpListener::bind(args.listen)
             .await
@@ -153,6 +169,31 @@ pub async fn start(
     let stop = stop.clone();
     parts.spawn(async move { Ok(admin::serve(listener, Admin { ready, registry }, stop).await?) });
     Ok(parts)
+}
+
+fn policy(args: &RunArgs, namespace: &str) -> Policy {
+    if args.default_credential_secret.is_some() && args.default_credential_namespaces().is_empty() {
+        tracing::warn!(
+            "--default-credential-secret names an API key that no namespace may use: list those that may with \
+             --default-credential-namespaces, or * for all"
+        );
+    }
+    Policy {
+        pause_submissions: args.pause_submissions,
+        default_credential: args.default_credential_secret.as_ref().map(|secret| DefaultCredential {
+            namespace: namespace.to_owned(),
+            secret: secret.clone(),
+            key: args.default_credential_key.clone(),
+            namespaces: args.default_credential_namespaces(),
+        }),
+        home: ObjectReference {
+            api_version: Some("coordination.k8s.io/v1".to_owned()),
+            kind: Some("Lease".to_owned()),
+            namespace: Some(namespace.to_owned()),
+            name: Some(args.lease_name.clone()),
+            ..ObjectReference::default()
+        },
+    }
 }
 
 fn lease_config(args: &RunArgs, namespace: &str) -> lease::Config {
@@ -216,10 +257,13 @@ async fn kube_config() -> anyhow::Result<kube::Config> {
     kube::Config::infer().await.context("no Kubernetes to talk to: run in a cluster, or set KUBECONFIG")
 }
 
-fn gemini_client(args: &RunArgs) -> anyhow::Result<gemini::Client> {
+fn gemini_client(args: &RunArgs, clock: Clock) -> anyhow::Result<gemini::Client> {
+    // On the same clock as the grace and the lease, which it has to fit in with.
+    let create_timeout = clock.real_of(Duration::from_secs(u64::from(args.create_timeout_seconds)));
     let config = gemini::ClientConfig {
         api_version: args.gemini_api_version.clone(),
         allow_insecure: args.allow_insecure_upstream,
+        create_timeout,
         ..gemini::ClientConfig::new(args.gemini_base_url.clone())
     };
     Ok(gemini::Client::new(config)?)

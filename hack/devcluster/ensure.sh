@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Prints the absolute path of a devcluster binary built from this folder, and
 # builds it first when there is none yet. Beside it are symbolic links named
-# etcd, kube-apiserver, kube-controller-manager and kubectl.
+# etcd, kube-apiserver, kubectl and so on.
 #
 # The binary is cached under GBO_CACHE_DIR (default: the user's cache folder), in
 # a directory named by a hash of everything it is made from. Only the path goes to
 # stdout; messages go to stderr.
 set -euo pipefail
 
-readonly programs=(etcd kube-apiserver kube-controller-manager kubectl)
+readonly programs=(coredns etcd kube-apiserver kube-controller-manager kube-proxy kube-scheduler kubectl kubelet)
 readonly heartbeat_seconds=15
 readonly keep_unused_days=30
 
@@ -78,7 +78,8 @@ build() {
   say "building etcd $(from_go_mod go.etcd.io/etcd/server/v3) and Kubernetes $(from_go_mod k8s.io/kubernetes)"
   say "the first build downloads their Go modules and takes about five minutes; later ones are quick"
   SECONDS=0
-  go build -buildvcs=false -trimpath -ldflags "$(linker_flags)" -o "$unfinished/devcluster" . >&2 &
+  # "pause" is a program of its own: it goes into an image, and must be small.
+  go build -buildvcs=false -trimpath -ldflags "$(linker_flags)" -o "$unfinished/" . ./pause >&2 &
   builder=$!
   while kill -0 "$builder" 2>/dev/null; do
     sleep 1

@@ -1,6 +1,6 @@
-// Command devcluster is a Kubernetes control plane in one binary, for tests:
-// etcd, kube-apiserver, kube-controller-manager and kubectl, and the commands
-// that run them together. See README.md.
+// Command devcluster is a Kubernetes cluster in one binary, for tests: a control
+// plane, what a node needs, kubectl, and the commands that run them together.
+// See README.md.
 package main
 
 import (

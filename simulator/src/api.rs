@@ -244,6 +244,9 @@ fn dispatch(
         _ => {}
     }
     let caller: Caller = shared.caller(key)?;
+    if shared.lock().switches.location_refused {
+        return Err(ApiError::precondition("User location is not supported for the API use."));
+    }
     match op {
         Op::UploadStart => files::start(shared, &caller, headers, json, path, subject),
         Op::FileGet | Op::FileDelete | Op::Download => {

@@ -140,6 +140,11 @@ impl Simulator {
         self.shared.lock().faults.push(fault);
     }
 
+    /// Takes back the faults of an operation that have met no request yet.
+    pub fn clear_faults(&self, op: Op) {
+        self.shared.lock().faults.retain(|fault| fault.op != op);
+    }
+
     /// Sets the switches.
     pub fn set(&self, switches: Switches) {
         self.shared.lock().switches = switches;

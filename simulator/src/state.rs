@@ -38,10 +38,14 @@ pub struct Switches {
     pub frozen_timestamps: bool,
     /// Events are lost.
     pub lose_events: bool,
+    /// Each delivery comes on a connection of its own; otherwise one is used as long as it lasts.
+    pub close_connections: bool,
     /// What goes wrong with all deliveries: `duplicate`, `late=30`, …; the list is in `webhooks`.
     pub hooks: Vec<String>,
     /// Cancelling a batch that has ended is refused.
     pub cancel_ended_refused: bool,
+    /// Everything that takes an API key is refused: the project is in a region that the API does not serve.
+    pub location_refused: bool,
     /// Result files can't be deleted.
     pub delete_output_refused: bool,
     /// A running batch that is cancelled succeeds, its unfinished requests with an error.
@@ -85,8 +89,10 @@ impl Default for Switches {
             embed_events: true,
             frozen_timestamps: false,
             lose_events: false,
+            close_connections: false,
             hooks: Vec::new(),
             cancel_ended_refused: false,
+            location_refused: false,
             delete_output_refused: true,
             cancel_race: false,
             create_needs_file: true,

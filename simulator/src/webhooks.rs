@@ -364,9 +364,11 @@ async fn post(
     message: &Message,
     attempt: u32,
 ) -> Option<u16> {
+    let connection = if shared.lock().switches.close_connections { "close" } else { "keep-alive" };
     let answer = shared
         .http
         .post(uri)
+        .header("connection", connection)
         .header("content-type", "application/json")
         .header("webhook-id", &message.id)
         .header("webhook-timestamp", message.timestamp)

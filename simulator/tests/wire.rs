@@ -651,6 +651,17 @@ async fn faults_of_uploads() {
 }
 
 #[tokio::test]
+async fn a_fault_that_met_nothing_can_be_taken_back() {
+    let env = Env::new().await;
+    let refusal = Effect::Status { code: 503, commit: false, envelope: true, retry_after: None };
+    env.fault(Op::BatchCreate, refusal.clone());
+    env.fault(Op::BatchList, refusal);
+    env.sim.clear_faults(Op::BatchCreate);
+    env.call("POST", CREATE, json!({"batch": inline(&[STALL])})).await.ok();
+    env.call("GET", "v1beta/batches", Value::Null).await.refused(503, "UNAVAILABLE");
+}
+
+#[tokio::test]
 async fn creates_commit_although_they_fail() {
     let env = Env::new().await;
     let status = |code, commit| Effect::Status { code, commit, envelope: true, retry_after: None };

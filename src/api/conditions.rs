@@ -5,8 +5,12 @@ use k8s_openapi::jiff::Timestamp;
 
 use super::Reason;
 
+/// With `spec.dryRun`: all that a submission needs is there.
+pub const VALIDATED: &str = "Validated";
 /// Gemini has the batch.
 pub const SUBMITTED: &str = "Submitted";
+/// `spec.suspend` holds the job.
+pub const SUSPENDED: &str = "Suspended";
 /// Results are where `spec.output` says.
 pub const COMPLETE: &str = "Complete";
 /// The job ended without its results.

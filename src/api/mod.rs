@@ -11,11 +11,13 @@ mod status;
 
 pub use reason::Reason;
 pub use spec::{
-    ConfigMapKeyRef, Credentials, GeminiBatchJob, GeminiBatchJobSpec, GeminiFileRef, Input, InputRequest,
-    LocalRef, Output, SecretKeyRef,
+    ConfigMapKeyRef, Credentials, DeletionPolicy, GeminiBatchJob, GeminiBatchJobSpec, GeminiFileRef,
+    ImportFrom, Input, InputRequest, LocalRef, Output, ReadinessPolicy, Retention, SecretKeyRef,
+    SuccessPolicy, SuspendPolicy,
 };
 pub use status::{
-    Attempt, Callback, GeminiBatchJobStatus, OutputStatus, Refusal, RefusedCall, RequestCounts, State, Usage,
+    Attempt, Callback, Cancellation, DryRun, GeminiBatchJobStatus, Outcome, OutputStatus, Refusal,
+    RefusedCall, RequestCounts, State, Usage,
 };
 
 /// API group of everything this operator serves.

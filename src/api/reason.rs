@@ -10,6 +10,20 @@ pub enum Reason {
     Submitted,
     /// Gemini refused for lack of quota; tried again later.
     WaitingForQuota,
+    /// As many batches of this API key run as the operator lets run at once.
+    WaitingForSlot,
+    /// With `spec.dryRun`: all that a submission needs is there.
+    DryRunSucceeded,
+    /// An administrator paused all submissions.
+    SubmissionsPaused,
+    /// The installed `CustomResourceDefinition` is older than the operator.
+    CrdOutdated,
+    /// `spec.suspend` holds the job.
+    Suspended,
+    /// The batch is being cancelled.
+    Cancelling,
+    /// The last batch did not finish; a further one carries what is missing.
+    Retrying,
     /// Gemini does not answer, or answers with errors that pass.
     GeminiUnavailable,
     /// It is not known whether Gemini created the batch; it is being looked for.
@@ -42,6 +56,8 @@ pub enum Reason {
     Unreadable,
     /// Gemini refuses to create batches for this API key's project.
     PreconditionFailed,
+    /// A defect of the operator: the work on the job panicked. It is tried again.
+    InternalError,
 
     // --- final ---
     /// The model does not exist, or not for batches, or not for this API key.
@@ -60,8 +76,18 @@ pub enum Reason {
     BatchNotFound,
     /// The batch succeeded, but its result file can't be had.
     ResultsLost,
+    /// `activeDeadlineSeconds` have passed.
+    DeadlineExceeded,
+    /// The input was changed after the first attempt, so a further one can't be told what is missing.
+    InputChanged,
+    /// The input is somebody else's file, so a further attempt can't be told what is missing.
+    InputUnknown,
+    /// As many attempts as a job can have.
+    AttemptsExhausted,
     /// The batch ended and no request has a response.
     AllRequestsFailed,
+    /// More requests failed than `spec.successPolicy` allows.
+    TooManyFailedRequests,
     /// Every request has a response.
     Completed,
     /// Some requests have a response.
@@ -69,6 +95,8 @@ pub enum Reason {
 
     /// A callback that came after the end says otherwise.
     ContradictingCallback,
+    /// A second batch of the same attempt turned up and was cancelled.
+    DuplicateCancelled,
 
     // --- deletion ---
     /// The batch was cancelled because the job is being deleted.
@@ -81,10 +109,17 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, for documentation and for tests that none is forgotten.
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 47] = [
         Self::Submitting,
         Self::Submitted,
         Self::WaitingForQuota,
+        Self::WaitingForSlot,
+        Self::DryRunSucceeded,
+        Self::SubmissionsPaused,
+        Self::CrdOutdated,
+        Self::Suspended,
+        Self::Cancelling,
+        Self::Retrying,
         Self::GeminiUnavailable,
         Self::SubmissionUnconfirmed,
         Self::ResultsNotReadable,
@@ -100,6 +135,7 @@ impl Reason {
         Self::OutputNotWritable,
         Self::Unreadable,
         Self::PreconditionFailed,
+        Self::InternalError,
         Self::ModelNotFound,
         Self::InputRefused,
         Self::InputFileNotFound,
@@ -108,14 +144,26 @@ impl Reason {
         Self::BatchCancelled,
         Self::BatchNotFound,
         Self::ResultsLost,
+        Self::DeadlineExceeded,
+        Self::InputChanged,
+        Self::InputUnknown,
+        Self::AttemptsExhausted,
         Self::AllRequestsFailed,
+        Self::TooManyFailedRequests,
         Self::Completed,
         Self::CompletedWithFailures,
         Self::ContradictingCallback,
+        Self::DuplicateCancelled,
         Self::Cancelled,
         Self::Deleted,
         Self::Orphaned,
     ];
+
+    /// Whether a job can have ended with it: the section "final" above.
+    #[must_use]
+    pub fn is_final(self) -> bool {
+        (Self::ModelNotFound..=Self::CompletedWithFailures).contains(&self)
+    }
 
     /// The reason as conditions, Events and metrics spell it.
     #[must_use]
@@ -124,6 +172,13 @@ impl Reason {
             Self::Submitting => "Submitting",
             Self::Submitted => "Submitted",
             Self::WaitingForQuota => "WaitingForQuota",
+            Self::WaitingForSlot => "WaitingForSlot",
+            Self::DryRunSucceeded => "DryRunSucceeded",
+            Self::SubmissionsPaused => "SubmissionsPaused",
+            Self::CrdOutdated => "CrdOutdated",
+            Self::Suspended => "Suspended",
+            Self::Cancelling => "Cancelling",
+            Self::Retrying => "Retrying",
             Self::GeminiUnavailable => "GeminiUnavailable",
             Self::SubmissionUnconfirmed => "SubmissionUnconfirmed",
             Self::ResultsNotReadable => "ResultsNotReadable",
@@ -139,6 +194,7 @@ impl Reason {
             Self::OutputNotWritable => "OutputNotWritable",
             Self::Unreadable => "Unreadable",
             Self::PreconditionFailed => "PreconditionFailed",
+            Self::InternalError => "InternalError",
             Self::ModelNotFound => "ModelNotFound",
             Self::InputRefused => "InputRefused",
             Self::InputFileNotFound => "InputFileNotFound",
@@ -147,10 +203,16 @@ impl Reason {
             Self::BatchCancelled => "BatchCancelled",
             Self::BatchNotFound => "BatchNotFound",
             Self::ResultsLost => "ResultsLost",
+            Self::DeadlineExceeded => "DeadlineExceeded",
+            Self::InputChanged => "InputChanged",
+            Self::InputUnknown => "InputUnknown",
+            Self::AttemptsExhausted => "AttemptsExhausted",
             Self::AllRequestsFailed => "AllRequestsFailed",
+            Self::TooManyFailedRequests => "TooManyFailedRequests",
             Self::Completed => "Completed",
             Self::CompletedWithFailures => "CompletedWithFailures",
             Self::ContradictingCallback => "ContradictingCallback",
+            Self::DuplicateCancelled => "DuplicateCancelled",
             Self::Cancelled => "Cancelled",
             Self::Deleted => "Deleted",
             Self::Orphaned => "Orphaned",
@@ -161,5 +223,35 @@ impl Reason {
 impl std::fmt::Display for Reason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever sees a reason finds it there.
+    #[test]
+    fn what_a_job_can_end_with_is_told_from_what_it_waits_for() {
+        use Reason::{Completed, CompletedWithFailures, ContradictingCallback, InternalError, ModelNotFound};
+        assert!([ModelNotFound, Completed, CompletedWithFailures].iter().all(|reason| reason.is_final()));
+        assert!(![InternalError, ContradictingCallback, Reason::Submitting].iter().any(|r| r.is_final()));
+        assert_eq!(Reason::ALL.iter().filter(|reason| reason.is_final()).count(), 16);
+    }
+
+    #[test]
+    fn every_reason_is_explained() {
+        for (page, docs) in [
+            ("lifecycle", include_str!("../../docs/lifecycle.md")),
+            ("troubleshooting", include_str!("../../docs/troubleshooting.md")),
+        ] {
+            let rows: Vec<&str> = docs.lines().filter(|line| line.starts_with("| `")).collect();
+            for reason in Reason::ALL {
+                assert!(
+                    rows.iter().any(|row| row.contains(&format!("`{reason}`"))),
+                    "docs/{page}.md lacks {reason}"
+                );
+            }
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! What users write. Every doc comment here is what `kubectl explain` prints.
 
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::{CustomResource, KubeSchema};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
@@ -16,9 +17,11 @@ const OBJECT_NAME: &str =
 /// - `credentials`: the Secret with the API key that pays
 /// - `input`: the requests, here, in a ConfigMap or in a file at Gemini
 /// - `output`: where the results go; without it they stay with Gemini
+/// - `suspend`, `activeDeadlineSeconds`, `backoffLimit`: when to hold it, how long it may take, whether to try again
+/// - `deletionPolicy`, `ttlSecondsAfterFinished`: what becomes of it afterwards
 ///
-/// `model`, `credentials` and `input` can't be changed once the submission has begun, `output` once the job
-/// has finished.
+/// `model`, `credentials`, `input` and `importFrom` can't be changed once the submission has begun, `output` once
+/// the job has finished. Everything else may be changed at any time.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[kube(
     group = "geminibatch.dev",
@@ -52,13 +55,24 @@ const OBJECT_NAME: &str =
     ),
     validation = Rule::new(
         "!has(oldSelf.status) || !has(oldSelf.status.attempts) || size(oldSelf.status.attempts) == 0 || \
-         (self.spec.model == oldSelf.spec.model && self.spec.credentials == oldSelf.spec.credentials && \
-         self.spec.input == oldSelf.spec.input)"
+         (self.spec.model == oldSelf.spec.model && \
+         has(self.spec.credentials) == has(oldSelf.spec.credentials) && \
+         (!has(self.spec.credentials) || self.spec.credentials == oldSelf.spec.credentials) && \
+         has(self.spec.input) == has(oldSelf.spec.input) && \
+         (!has(self.spec.input) || self.spec.input == oldSelf.spec.input) && \
+         has(self.spec.importFrom) == has(oldSelf.spec.importFrom) && \
+         (!has(self.spec.importFrom) || self.spec.importFrom == oldSelf.spec.importFrom))"
     )
     .message(
-        "spec.model, spec.credentials and spec.input of a job can't be changed once its submission has begun; \
-         create a new GeminiBatchJob under another name instead"
+        "spec.model, spec.credentials, spec.input and spec.importFrom of a job can't be changed once its submission \
+         has begun; create a new GeminiBatchJob under another name instead"
     )
+    .reason(Reason::FieldValueForbidden),
+    validation = Rule::new(
+        "!has(oldSelf.status) || !has(oldSelf.status.attempts) || size(oldSelf.status.attempts) == 0 || \
+         !has(self.spec.dryRun) || !self.spec.dryRun || (has(oldSelf.spec.dryRun) && oldSelf.spec.dryRun)"
+    )
+    .message("spec.dryRun can't be turned on once the submission has begun: spec.suspend holds a job")
     .reason(Reason::FieldValueForbidden),
     validation = Rule::new(
         "!has(oldSelf.status) || !has(oldSelf.status.completionTime) || \
@@ -79,10 +93,30 @@ const OBJECT_NAME: &str =
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(
     validation = Rule::new(
-        "!has(self.output) || !has(self.output.configMap) || !has(self.input.configMap) || \
+        "!has(self.output) || !has(self.output.configMap) || !has(self.input) || !has(self.input.configMap) || \
          self.output.configMap.name != self.input.configMap.name"
     )
-    .message("spec.output.configMap must not be the ConfigMap that spec.input.configMap reads from")
+    .message("spec.output.configMap must not be the ConfigMap that spec.input.configMap reads from"),
+    validation = Rule::new("has(self.input) != has(self.importFrom)").message(
+        "spec needs exactly one of input (requests to send) and importFrom (a batch that exists at Gemini already)"
+    ),
+    // Else one tenant could name another's file or batch and have the operator's own key read it.
+    validation = Rule::new(
+        "has(self.credentials) || !(has(self.importFrom) || has(self.input) && has(self.input.geminiFile))"
+    )
+    .message(
+        "spec.credentials is needed with importFrom and input.geminiFile: the operator's own credential is not used \
+         for what somebody else put at Gemini"
+    ),
+    validation = Rule::new("!has(self.importFrom) || !has(self.dryRun) || !self.dryRun").message(
+        "spec.dryRun can't be used with importFrom: there is nothing to submit"
+    ),
+    validation = Rule::new("!has(self.ttlSecondsAfterFinished) || has(self.output)").message(
+        "spec.ttlSecondsAfterFinished needs spec.output: without it the job is all that names its results"
+    ),
+    validation = Rule::new("!has(self.importFrom) || !has(self.backoffLimit) || self.backoffLimit == 0").message(
+        "spec.backoffLimit can't be used with importFrom: the operator does not have the requests to send them again"
+    )
 )]
 pub struct GeminiBatchJobSpec {
     /// The Gemini model that answers, for example `gemini-2.5-flash`; `models/gemini-2.5-flash` and
@@ -95,19 +129,215 @@ pub struct GeminiBatchJobSpec {
     )]
     pub model: String,
 
-    /// The API key that pays for the batch. Can't be changed once the submission has begun (the Secret's
+    /// The API key that pays for the batch. Without it the operator's own credential is used, if an administrator
+    /// set one up and allowed it for this namespace. Can't be changed once the submission has begun (the Secret's
     /// content may be).
-    pub credentials: Credentials,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credentials: Option<Credentials>,
 
     /// The requests: exactly one of `requests`, `configMap` and `geminiFile`. Can't be changed once the
     /// submission has begun.
-    pub input: Input,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<Input>,
+
+    /// Instead of `input`: a batch that somebody else created at Gemini. It is watched, its results are collected
+    /// and the job finishes like any other; it is cancelled only if `deletionPolicy`, `suspendPolicy` or
+    /// `activeDeadlineSeconds` ask for it. The way to move from a poller of your own. Can't be changed once the
+    /// batch was found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub import_from: Option<ImportFrom>,
 
     /// Where the results go. Without it they stay with Gemini: `status.output` names the file and the time
     /// until which it is certain to exist. May be changed until the job has finished, which is how a job
     /// goes on whose results did not fit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<Output>,
+
+    /// Only tries whether the job could be submitted: the input, the API key and the output are checked, the output
+    /// object is reserved, and `status.dryRun` and the condition `Validated` tell what was found. Nothing is sent to
+    /// Gemini but the question whether the key is valid. Set to false, the job goes on. Can't be turned on once the
+    /// submission has begun.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub dry_run: bool,
+
+    /// Holds the job: nothing is submitted while this is true. A batch that is at Gemini already is treated as
+    /// `suspendPolicy` says. Set to false again, the job goes on with the requests that have no result yet.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub suspend: bool,
+
+    /// What `suspend` means for a batch that runs: `Drain` lets it finish and starts nothing new, `Cancel` cancels
+    /// it and keeps the results that it had. (What ran until then is paid for.) Default: `Drain`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub suspend_policy: SuspendPolicy,
+
+    /// Seconds from the start (`status.startTime`; anew after a suspension) after which the batch is cancelled. What
+    /// results it has by then are kept, and the job is Failed with the reason `DeadlineExceeded`. A batch that
+    /// Gemini finished whole all the same is Complete. No deadline by default; Gemini itself gives batches up after
+    /// 48 hours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 31_536_000))]
+    pub active_deadline_seconds: Option<i64>,
+
+    /// How many further batches may be paid for if Gemini fails a batch or lets it expire. Each carries only the
+    /// requests without a result. Default: 0, money is not spent twice unasked.
+    #[serde(default, skip_serializing_if = "is_default")]
+    #[schemars(range(min = 0, max = 9))]
+    pub backoff_limit: i32,
+
+    /// Seconds after which a finished job deletes itself; its results stay, unless `output.retention` is `Delete`.
+    /// Not set by default, and not for jobs that are kept in Git: it would create the job again, and the batch
+    /// would be paid for again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 315_360_000))]
+    pub ttl_seconds_after_finished: Option<i64>,
+
+    /// What becomes of the batch when the job is deleted: `Cancel` cancels it if it runs, `Delete` also deletes
+    /// it and its files at Gemini, finished or not, `Orphan` leaves it alone. Default: `Cancel`, and `Orphan` for a
+    /// job with `importFrom`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deletion_policy: Option<DeletionPolicy>,
+
+    /// Seconds that a deletion waits at most for Gemini to do what `deletionPolicy` says. Then the job goes, and an
+    /// Event says what may go on. Default: 300.
+    #[serde(default = "default_deletion_timeout", skip_serializing_if = "is_default_deletion_timeout")]
+    #[schemars(range(min = 1, max = 86_400))]
+    pub deletion_timeout_seconds: i64,
+
+    /// When results are good enough for the job to count as a success. By default one response is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub success_policy: Option<SuccessPolicy>,
+
+    /// When the condition `Ready` turns true: `WhenComplete`, or `WhenSubmitted` for tools that wait for it with a
+    /// timeout shorter than a batch takes (`helm --wait`, Flux) and would roll the release back, which cancels paid
+    /// work. Default: `WhenComplete`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub readiness_policy: ReadinessPolicy,
+
+    /// Passed on to Gemini with the next submission: of the batches of one project, those with a higher priority
+    /// run first. May be negative. Default: 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<i64>,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+/// Seconds.
+const DELETION_TIMEOUT: i64 = 300;
+
+fn default_deletion_timeout() -> i64 {
+    DELETION_TIMEOUT
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature is serde's")]
+fn is_default_deletion_timeout(value: &i64) -> bool {
+    *value == DELETION_TIMEOUT
+}
+
+impl GeminiBatchJobSpec {
+    /// The file that somebody else uploaded, if the input is one.
+    #[must_use]
+    pub fn gemini_file(&self) -> Option<&GeminiFileRef> {
+        self.input.as_ref()?.gemini_file.as_ref()
+    }
+
+    /// Whether the operator uploads the input, so that the file is its own to delete, and the keys are known.
+    #[must_use]
+    pub fn has_own_input(&self) -> bool {
+        self.import_from.is_none() && self.gemini_file().is_none()
+    }
+
+    /// What becomes of the batch when the job is deleted.
+    #[must_use]
+    pub fn deletion_policy(&self) -> DeletionPolicy {
+        let default =
+            if self.import_from.is_some() { DeletionPolicy::Orphan } else { DeletionPolicy::Cancel };
+        self.deletion_policy.unwrap_or(default)
+    }
+}
+
+/// What `suspend` means for a batch that runs.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SuspendPolicy {
+    /// It may finish; nothing new is started.
+    #[default]
+    Drain,
+    /// It is cancelled.
+    Cancel,
+}
+
+/// What becomes of the batch when the job is deleted.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeletionPolicy {
+    /// It is cancelled if it runs.
+    Cancel,
+    /// It is cancelled, then deleted with its files.
+    Delete,
+    /// It is left alone.
+    Orphan,
+}
+
+/// When results are good enough.
+#[derive(Serialize, Deserialize, KubeSchema, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct SuccessPolicy {
+    /// How many requests may end without a response, as a number or as a percentage of all requests of the job
+    /// (rounded down). Are there more, the job is Failed with the reason `TooManyFailedRequests`; its results are kept
+    /// all the same. Counts when the job ends, and may be changed until then.
+    #[x_kube(
+        validation = Rule::new(
+            "type(self) == int ? self >= 0 && self <= 1000000000 : self.matches('^(100|[0-9]{1,2})%$')"
+        )
+        .message("spec.successPolicy.maxFailedRequests must be a number that is not negative, or a percentage like 5%")
+    )]
+    pub max_failed_requests: IntOrString,
+}
+
+impl SuccessPolicy {
+    /// How many of so many requests may fail.
+    #[must_use]
+    pub fn allowed(&self, total: i64) -> i64 {
+        match &self.max_failed_requests {
+            IntOrString::Int(n) => i64::from(*n),
+            IntOrString::String(text) => {
+                let percent = text.strip_suffix('%').and_then(|n| n.parse::<i64>().ok()).unwrap_or(0);
+                total.saturating_mul(percent) / 100
+            }
+        }
+    }
+
+    /// As the user wrote it.
+    #[must_use]
+    pub fn as_written(&self) -> String {
+        match &self.max_failed_requests {
+            IntOrString::Int(n) => n.to_string(),
+            IntOrString::String(text) => text.clone(),
+        }
+    }
+}
+
+/// When `Ready` turns true.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ReadinessPolicy {
+    /// With the results.
+    #[default]
+    WhenComplete,
+    /// As soon as Gemini has the batch.
+    WhenSubmitted,
+}
+
+/// A batch that exists at Gemini.
+#[derive(Serialize, Deserialize, KubeSchema, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ImportFrom {
+    /// Resource name of the batch, `batches/ID`.
+    #[schemars(length(min = 9, max = 72))]
+    #[x_kube(
+        validation = Rule::new("self.matches('^batches/[A-Za-z0-9_-]{1,64}$')")
+            .message("must be the resource name of a Gemini batch, like batches/abc123def456")
+    )]
+    pub batch_name: String,
 }
 
 /// Where the API key is.
@@ -244,6 +474,21 @@ pub struct Output {
     /// that name which the operator did not make for this job is never written to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config_map: Option<LocalRef>,
+
+    /// What becomes of the results when the job is deleted: `Retain` keeps them, `Delete` has Kubernetes delete
+    /// them with the job. May be changed until the results are stored. Default: `Retain`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub retention: Retention,
+}
+
+/// What becomes of the results when the job is deleted.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Retention {
+    /// They are kept: they were paid for.
+    #[default]
+    Retain,
+    /// They go with the job.
+    Delete,
 }
 
 /// An object in the job's namespace.

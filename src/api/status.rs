@@ -37,7 +37,7 @@ pub struct GeminiBatchJobStatus {
     #[serde(default)]
     pub state: State,
 
-    /// `Submitted`: Gemini has the batch. `Complete`: results are where `output` says. `Failed`: there will
+    /// `Validated`: with `spec.dryRun`, all that a submission needs is there. `Submitted`: Gemini has the batch. `Suspended`: `spec.suspend` holds it. `Complete`: results are where `output` says. `Failed`: there will
     /// be none (or only part of them). `Finished`: either of the two, the one to wait for. `Ready`,
     /// `Reconciling` and `Stalled` are for kstatus, Flux, Argo CD and `helm --wait`; `Stalled` says that
     /// somebody has to change something, and what.
@@ -59,6 +59,10 @@ pub struct GeminiBatchJobStatus {
     /// How many requests the job has and what became of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requests: Option<RequestCounts>,
+
+    /// What a dry run has found (`spec.dryRun`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dry_run: Option<DryRun>,
 
     /// Tokens that Gemini charged, summed over all results.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -88,10 +92,12 @@ pub enum State {
     /// Not submitted yet. If it stays so, the condition `Stalled` says why.
     #[default]
     Pending,
-    /// Waits for Gemini's quota.
+    /// Waits for its turn: for Gemini's quota, for another job to finish, or for an administrator.
     Queued,
     /// Submitted, whatever Gemini calls it.
     Running,
+    /// Held by `spec.suspend`, with nothing of it running at Gemini.
+    Suspended,
     /// Its results are where they should be.
     Succeeded,
     /// Ended without (all of) its results.
@@ -108,6 +114,7 @@ impl State {
             Self::Pending => "Pending",
             Self::Queued => "Queued",
             Self::Running => "Running",
+            Self::Suspended => "Suspended",
             Self::Succeeded => "Succeeded",
             Self::Failed => "Failed",
             Self::Cancelled => "Cancelled",
@@ -137,7 +144,8 @@ pub struct Attempt {
     /// The input file at Gemini.
     #[schemars(length(max = 128))]
     pub input_file: String,
-    /// SHA-256 of the input as uploaded, in hexadecimal. Absent for a `geminiFile`.
+    /// SHA-256 of the input as uploaded, in hexadecimal. Absent for a `geminiFile`. The first attempt carries all
+    /// requests, further ones only those without a result.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub input_sha256: Option<String>,
@@ -159,6 +167,10 @@ pub struct Attempt {
     /// so that it must fail.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resends: Option<i32>,
+    /// When the operator set out to delete the input file of this send, whose outcome stayed unknown. From then on a
+    /// file that is missing does not tell that the batch was never asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fence_time: Option<MicroTime>,
     /// The batch at Gemini.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
@@ -173,10 +185,47 @@ pub struct Attempt {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub remote_state: Option<String>,
-    /// `callback.webhookId` of the last callback that was acted on.
+    /// Set when the operator decided to cancel the batch, before it does: `Suspended` or `DeadlineExceeded`. The
+    /// batch is watched until Gemini says how it ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cancellation: Option<Cancellation>,
+    /// Set when nothing of the attempt is outstanding any more and the job goes on without it: its batch is over
+    /// and what results it left were collected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<Outcome>,
+    /// The last callback that was acted on: its `webhookId`, `@` and its `receivedTime`. Not the id alone: a
+    /// delivery that is repeated on another receiver may have taken the place of a callback that nobody saw.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 192))]
+    pub observed_hint: Option<String>,
+}
+
+/// The decision to cancel a batch.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Cancellation {
+    /// Why: `Suspended` or `DeadlineExceeded`.
+    #[schemars(length(max = 64))]
+    pub reason: String,
+    /// When it was decided.
+    pub time: MicroTime,
+}
+
+/// How an attempt ended that was not the last one.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Outcome {
+    /// Why it ended, as in the conditions.
+    #[schemars(length(max = 64))]
+    pub reason: String,
+    /// Requests that have a response by now, those of earlier attempts included.
+    pub succeeded: i64,
+    /// Requests that have an error by now, those of earlier attempts included.
+    pub failed: i64,
+    /// The result file at Gemini, if the batch left one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
-    pub observed_hint: Option<String>,
+    pub output_file: Option<String>,
 }
 
 /// A refusal by Gemini that is certain: nothing was created.
@@ -221,6 +270,19 @@ pub struct RequestCounts {
     /// Those without a result yet.
     #[serde(default)]
     pub pending: i64,
+}
+
+/// What a submission would carry.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct DryRun {
+    /// Bytes that would be uploaded.
+    #[serde(default)]
+    pub size_bytes: i64,
+    /// Their SHA-256 in hexadecimal.
+    #[serde(default)]
+    #[schemars(length(max = 64))]
+    pub sha256: String,
 }
 
 /// Token counts as Gemini reports them.
@@ -285,4 +347,12 @@ pub struct Callback {
     pub event_time: Option<MicroTime>,
     /// When the receiver took it.
     pub received_time: MicroTime,
+}
+
+impl Callback {
+    /// What it is known by in `observedHint`.
+    #[must_use]
+    pub fn hint(&self) -> String {
+        format!("{}@{:.6}", self.webhook_id, self.received_time.0)
+    }
 }

@@ -6,32 +6,35 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
-use kube::ResourceExt as _;
+use kube::api::{DeleteParams, Preconditions};
+use kube::{Api, ResourceExt as _};
 use rand::RngExt as _;
 
-use super::Problem;
 use super::collect::{Collected, Collector, Keys, Lines};
 use super::decide::{self, Action};
-use super::ending;
 use super::input::Input;
 use super::memory::{
-    Absent, Memory, OutputObject, Probe, Refused, Remote, Search, Send, Stage, Tries, Trouble, after,
+    Absent, KeyRefused, Memory, NamespaceSeen, OutputObject, Probe, Refused, Remote, Search, Send, Stage,
+    Tries, Trouble, after,
 };
-use super::observe::{self, Credential};
+use super::metrics::ByOutcome;
+use super::observe;
 use super::output::{self, Done};
 use super::run::Context;
+use super::{Credential, Problem, earlier, ending, identity};
 use crate::api::{Attempt, GeminiBatchJob, Reason, Refusal, RefusedCall};
 use crate::callback::keyring::KeyRing;
 use crate::callback::token::{JobRef, Token, callback_url};
 use crate::gemini::results::{self, ResultLine};
 use crate::gemini::{self, Batch, BatchName, FileName, ModelName, NewBatch, Upload};
+use crate::{broken, crash};
 
 /// Pages of a listing that are read at most: at 100 batches a page far more than any project can have.
-const MAX_PAGES: usize = 1000;
-const PAGE_SIZE: u32 = 100;
+pub(super) const MAX_PAGES: usize = 1000;
+pub(super) const PAGE_SIZE: u32 = 100;
 
 /// Google's clock may differ from ours: a listing goes on until batches are so much older than the intent.
-const CLOCK_SKEW: SignedDuration = SignedDuration::from_hours(1);
+pub(super) const CLOCK_SKEW: SignedDuration = SignedDuration::from_hours(1);
 
 /// What a step works with.
 pub struct Step<'a> {
@@ -54,6 +57,69 @@ pub fn backoff(first: SignedDuration, longest: SignedDuration, failures: u32) ->
     let pause = first.saturating_mul(1 << doublings).min(longest);
     let jitter = rand::rng().random_range(0..=pause.as_millis().max(1) / 4);
     pause.saturating_add(SignedDuration::from_millis(i64::try_from(jitter).unwrap_or(0)))
+}
+
+/// One more failure of a call that is tried again with growing pauses.
+pub(super) fn trouble_of(
+    ctx: &Context,
+    before: Option<&Trouble>,
+    what: &str,
+    error: &gemini::Error,
+) -> Trouble {
+    let failures = before.map_or(0, |t| t.failures).saturating_add(1);
+    let timings = &ctx.timings;
+    // A key is repaired by somebody, who then expects the job to go on soon.
+    let (reason, longest) = if error.is_credentials() {
+        (Reason::CredentialsRefused, timings.recheck * 3 / 4)
+    } else {
+        (Reason::GeminiUnavailable, timings.trouble_longest)
+    };
+    let pause = backoff(timings.trouble_first, longest, failures);
+    Trouble {
+        failures,
+        next: after(ctx.clock.now(), error.retry_after().map_or(pause, |r| r.max(pause))),
+        problem: Problem::new(
+            reason,
+            match reason {
+                Reason::CredentialsRefused => format!(
+                    "{what} fails: {error}. Put a valid key into the Secret that spec.credentials.secretRef names, or \
+                     allow this one to use the Gemini API; it is tried again"
+                ),
+                _ => format!("{what} fails: {error}; it is tried again"),
+            },
+        ),
+    }
+}
+
+/// Whether the job may be shown the batch. The operator's own key sees the batches of all its namespaces, and whoever
+/// may write a job's status could name somebody else's there: with it only batches that bear the job's own UID count.
+#[must_use]
+pub fn may_see(job: &GeminiBatchJob, cluster: &str, batch: &Batch) -> bool {
+    job.spec.credentials.is_some()
+        || identity::identity_of(cluster, &batch.display_name).is_some_and(|i| Some(i.uid) == job.uid())
+}
+
+/// A line of the log about the job at hand: which one it is, and its attempt.
+macro_rules! of_job {
+    ($step:expr, $level:ident, target: $target:literal, $($rest:tt)+) => {
+        tracing::$level!(
+            target: $target,
+            namespace = $step.job.namespace(),
+            job = $step.job.name_any(),
+            uid = $step.job.uid(),
+            attempt = decide::current_attempt($step.job).map(|a| a.number),
+            $($rest)+
+        )
+    };
+    ($step:expr, $level:ident, $($rest:tt)+) => {
+        tracing::$level!(
+            namespace = $step.job.namespace(),
+            job = $step.job.name_any(),
+            uid = $step.job.uid(),
+            attempt = decide::current_attempt($step.job).map(|a| a.number),
+            $($rest)+
+        )
+    };
 }
 
 impl Step<'_> {
@@ -88,7 +154,7 @@ impl Step<'_> {
             },
             Action::Fence { file } => self.fence(file, memory).await,
             Action::ConfirmHinted { batch, attempt } => match self.get(batch).await {
-                Ok(seen) if seen.display_name == attempt.display_name => {
+                Ok(seen) if identity::is_send_of(attempt, &seen.display_name) => {
                     memory.trouble = None;
                     set_stage(memory, attempt, Stage::Found(Box::new(seen)));
                 }
@@ -110,10 +176,10 @@ impl Step<'_> {
                 // Another key need not be shown the batch. And a create that is still travelling can't be
                 // fenced off while its input is somebody else's file: it is looked for as long as there is time.
                 Ok(found) if found.is_empty() && !(self.same_key(attempt) && self.has_own_input()) => {
-                    self.cleanup_failed(memory, "looking for the batch", "not shown");
+                    self.cleanup_failed(memory, "looking for the batch", &gemini::Error::local("not shown"));
                 }
                 Ok(found) => {
-                    memory.cleanup.failed = None;
+                    memory.cleanup.went_on();
                     memory.cleanup.listings += 1;
                     memory.cleanup.to_cancel =
                         found.into_iter().filter(|b| !b.is_terminal()).map(|b| b.name).collect();
@@ -121,6 +187,14 @@ impl Step<'_> {
                 Err(e) => self.cleanup_failed(memory, "listing batches", &e),
             },
             Action::DeleteInputFile { file } => self.delete_input_file(file, now(), memory).await,
+            Action::AskNamespace => {
+                let namespace = self.job.namespace().unwrap_or_default();
+                let terminating = observe::is_terminating(&self.ctx.client, &namespace).await?;
+                memory.namespace =
+                    Some(NamespaceSeen { terminating, next: after(now(), self.ctx.timings.recheck / 2) });
+            }
+            Action::DeleteBatch { batch } => self.delete_batch(batch, memory).await,
+            Action::DeleteJob => self.delete_job(memory).await?,
         }
         Ok(())
     }
@@ -206,23 +280,27 @@ impl Step<'_> {
             display_name: &attempt.display_name,
             input_file: &file,
             webhook_uris: &self.callback_url(attempt),
-            priority: None,
+            priority: self.job.spec.priority,
         };
-        let (namespace, name) = (self.job.namespace().unwrap_or_default(), self.job.name_any());
         let (uid, display_name) = (self.job.uid().unwrap_or_default(), &attempt.display_name);
-        tracing::info!(target: "audit", namespace, job = name, uid, attempt = attempt.number, display_name, "create: sending");
+        of_job!(self, info, target: "audit", display_name, "create: sending");
+        crash::at("create", "sending");
         let answer = self.ctx.gemini.create_batch(key, &model, &batch).await;
         match &answer {
             Ok(batch) => {
-                tracing::info!(target: "audit", namespace, job = name, uid, attempt = attempt.number, display_name, batch = %batch.name, "create: created");
+                self.count_submission("created");
+                of_job!(self, info, target: "audit", display_name, batch = %batch.name, "create: created");
             }
             Err(e) => {
-                tracing::warn!(target: "audit", namespace, job = name, uid, attempt = attempt.number, display_name, error = %e, clean_refusal = e.is_refusal(), "create: no batch name");
+                self.count_submission(if e.is_refusal() { "refused" } else { "unknown" });
+                of_job!(self, warn, target: "audit", display_name, error = %e, clean_refusal = e.is_refusal(), "create: no batch name");
             }
         }
         match answer {
             Ok(batch) => {
                 memory.trouble = None;
+                self.ctx.ledger().created(&attempt.credential_fingerprint, &uid);
+                self.ctx.line_moved.notify_one();
                 set_stage(memory, attempt, Stage::Created(Box::new(batch)));
             }
             Err(e) if e.is_refusal() => {
@@ -230,6 +308,10 @@ impl Step<'_> {
             }
             Err(_) => {} // unknown: it is looked for
         }
+    }
+
+    fn count_submission(&self, outcome: &'static str) {
+        self.ctx.metrics.submissions.get_or_create(&ByOutcome { outcome }).inc();
     }
 
     fn callback_url(&self, attempt: &Attempt) -> Vec<url::Url> {
@@ -246,7 +328,8 @@ impl Step<'_> {
         vec![callback_url(base, &job, &token)]
     }
 
-    /// All batches with the attempt's display name and file, from the newest to past the intent.
+    /// All batches of the attempt, from the newest to past the intent: that of its present send first, if there is
+    /// one. A batch of an earlier send that was given up is as good, and paid for already.
     async fn list_for(&self, attempt: &Attempt) -> Result<Vec<Batch>, gemini::Error> {
         let Some(key) = self.credential.map(|c| &c.key) else { return Err(gemini::Error::no_key()) };
         let mut found = Vec::new();
@@ -255,12 +338,16 @@ impl Step<'_> {
         for _ in 0..MAX_PAGES {
             let page = self.ctx.gemini.list_batches(key, PAGE_SIZE, token.as_deref()).await?;
             let past = page.batches.iter().any(|b| b.create_time.is_some_and(|t| t < oldest));
-            found.extend(page.batches.into_iter().filter(|b| b.display_name == attempt.display_name));
+            found.extend(page.batches.into_iter().filter(|b| identity::is_send_of(attempt, &b.display_name)));
             match page.next_page_token {
                 // An empty page with a token is not the end.
                 Some(next) if !past => token = Some(next),
                 _ => break,
             }
+        }
+        found.sort_by_key(|b| b.display_name != attempt.display_name);
+        if broken::without("adoption") {
+            found.clear();
         }
         Ok(found)
     }
@@ -296,6 +383,12 @@ impl Step<'_> {
     async fn fence(&self, file: &str, memory: &mut Memory) {
         let Some(attempt) = decide::current_attempt(self.job) else { return };
         let Some((key, name)) = self.key_and_file(file) else { return };
+        if broken::without("fence") {
+            if let Some(Send { stage: Stage::Unsure(search), .. }) = &mut memory.send {
+                (search.fenced, search.fenced_at) = (true, Some(self.ctx.clock.now()));
+            }
+            return;
+        }
         match self.ctx.gemini.delete_file(key, &name).await {
             Ok(()) => {}
             Err(e) if e.is_absent() && self.is_own_key() => {}
@@ -309,11 +402,11 @@ impl Step<'_> {
                 return self.trouble(memory, "deleting the input file of an unconfirmed batch", &still);
             }
         }
-        tracing::warn!(target: "audit", namespace = self.job.namespace(), job = self.job.name_any(), display_name = attempt.display_name, file, "create: fenced");
+        of_job!(self, warn, target: "audit", display_name = attempt.display_name, file, "create: fenced");
         self.ctx.metrics.fenced.inc();
         memory.trouble = None;
         if let Some(Send { stage: Stage::Unsure(search), .. }) = &mut memory.send {
-            search.fenced = true;
+            (search.fenced, search.fenced_at) = (true, Some(self.ctx.clock.now()));
         }
     }
 
@@ -337,15 +430,21 @@ impl Step<'_> {
 
     async fn look(&self, batch: &BatchName, memory: &mut Memory) {
         let now = self.ctx.clock.now();
-        let hint = decide::current_attempt(self.job)
-            .and_then(|a| decide::new_hint(self.job, a))
-            .map(ToOwned::to_owned);
+        let hint = decide::current_attempt(self.job).and_then(|a| decide::new_hint(self.job, a));
         let answer = self.get(batch).await;
+        memory.remote_name = Some(batch.clone());
         memory.looks.looked(hint.as_deref(), now, &self.ctx.timings.hint_pauses);
+        if memory.cleanup.cancelled {
+            let pauses = &self.ctx.timings.cancel_pauses;
+            let watched = Tries::again(memory.cleanup.watched, now, pauses);
+            // It was best effort: asked for again now and then.
+            memory.cleanup.cancelled = usize::try_from(watched.count).is_ok_and(|n| n < pauses.len());
+            memory.cleanup.watched = Some(watched);
+        }
         match answer {
             Ok(seen) => {
                 memory.trouble = None;
-                memory.remote = Some(Remote::Seen(Box::new(seen)));
+                self.saw(seen, memory);
             }
             Err(e) if e.is_absent() => {
                 memory.trouble = None;
@@ -367,11 +466,25 @@ impl Step<'_> {
         Absent::again(before, fingerprint, self.ctx.clock.now(), &self.ctx.timings.result_pauses)
     }
 
+    /// What a GET of the attempt's batch has shown, and with which key.
+    fn saw(&self, batch: Batch, memory: &mut Memory) {
+        memory.remote = Some(Remote::Seen(Box::new(batch)));
+        memory.remote_key = self.credential.map(|c| c.fingerprint.clone());
+    }
+
     async fn get(&self, batch: &BatchName) -> Result<Batch, gemini::Error> {
-        match self.credential {
-            Some(credential) => self.ctx.gemini.get_batch(&credential.key, batch).await,
-            None => Err(gemini::Error::no_key()),
+        let Some(credential) = self.credential else { return Err(gemini::Error::no_key()) };
+        let seen = self.ctx.gemini.get_batch(&credential.key, batch).await?;
+        if may_see(self.job, &self.ring.cluster_id, &seen) {
+            Ok(seen)
+        } else {
+            Err(gemini::Error::not_theirs())
         }
+    }
+
+    /// Before something is done to a batch that the status names: see [`may_see`].
+    async fn may_touch(&self, batch: &BatchName) -> Result<(), gemini::Error> {
+        if self.job.spec.credentials.is_some() { Ok(()) } else { self.get(batch).await.map(|_| ()) }
     }
 
     // ------------------------------------------------------------------------------- results
@@ -385,7 +498,29 @@ impl Step<'_> {
         let Some(attempt) = decide::current_attempt(self.job) else { return Ok(()) };
         let keys = self.keys(attempt).await?;
         let limit = decide::output_name(self.job).map(|_| output::MAX_LINES_BYTES);
-        match self.read_results(name, batch, Collector::new(keys, limit)).await {
+        let mut collector = Collector::new(keys, limit);
+        let Some(key) = self.credential.map(|c| &c.key) else { return Ok(()) };
+        match earlier::lines(self.ctx, self.job, key, |raw, line| collector.earlier(raw, line)).await {
+            Ok(()) => {}
+            Err(earlier::Error::Kubernetes(e)) => return Err(e),
+            Err(earlier::Error::Gemini(e)) if e.is_absent() => {
+                let absent = self.absent(memory.unreadable.as_ref());
+                let late = after(absent.tries.since, self.ctx.timings.result_late) <= self.ctx.clock.now();
+                memory.trouble = None;
+                memory.unreadable = Some(absent);
+                if !(late && self.is_own_key()) {
+                    return Ok(());
+                }
+                // They are gone; those of this attempt are not.
+                collector = Collector::new(self.keys(attempt).await?, limit);
+                collector.without_earlier();
+            }
+            Err(earlier::Error::Gemini(e)) => {
+                self.trouble(memory, "reading the results of an earlier attempt", &e);
+                return Ok(());
+            }
+        }
+        match self.read_results(name, batch, collector).await {
             Ok(collected) => {
                 memory.trouble = None;
                 memory.unreadable = None;
@@ -428,7 +563,9 @@ impl Step<'_> {
 
     /// The keys that were sent, if the input still is what was recorded.
     async fn keys(&self, attempt: &Attempt) -> Result<Keys, kube::Error> {
-        let Some(recorded) = &attempt.input_sha256 else { return Ok(Keys::Unknown) };
+        // The first attempt carried all requests.
+        let first = self.job.status.iter().flat_map(|s| &s.attempts).find(|a| a.number == 1);
+        let Some(recorded) = &first.unwrap_or(attempt).input_sha256 else { return Ok(Keys::Unknown) };
         let input = observe::input(&self.ctx.client, self.job, self.ctx.max_input_bytes).await?;
         Ok(match input {
             Ok(input) if input.sha256 == *recorded => Keys::Known(input.keys),
@@ -444,7 +581,8 @@ impl Step<'_> {
             Some(Remote::Seen(batch)) => Some(&**batch),
             _ => None,
         };
-        let counts = ending::results(attempt, batch, collected_of(memory), None).requests.unwrap_or_default();
+        let counts =
+            ending::results(self.job, attempt, batch, Some(collected), None).requests.unwrap_or_default();
         let manifest = output::manifest(self.job, collected, counts);
         let done = output::store(&self.ctx.client, self.job, name, kept, &manifest).await?;
         memory.output = self.output_object(done, name, OutputObject::Stored { name: name.to_owned() });
@@ -476,20 +614,83 @@ impl Step<'_> {
 
     async fn cancel(&self, batch: &BatchName, memory: &mut Memory) {
         let Some(credential) = self.credential else { return };
-        match self.ctx.gemini.cancel_batch(&credential.key, batch).await {
+        let cancelled = match self.may_touch(batch).await {
+            Ok(()) => self.ctx.gemini.cancel_batch(&credential.key, batch).await,
+            Err(e) => Err(e),
+        };
+        match cancelled {
             Ok(()) => {}
-            // Over already, or gone: nothing goes on. Under another key a 404 proves nothing.
-            Err(e) if e.is_precondition() || (e.is_absent() && self.is_own_key()) => {}
-            Err(e) => return self.cleanup_failed(memory, "cancelling the batch", &e),
+            // Gone: nothing goes on. Under another key a 404 proves nothing.
+            Err(e) if e.is_absent() && self.is_own_key() => {}
+            // What is over needs no cancellation, whatever it was refused for: the batch itself tells.
+            Err(e) => match self.get(batch).await {
+                Ok(seen) if seen.is_terminal() => return self.is_over(seen, memory),
+                _ => return self.cleanup_failed(memory, "cancelling the batch", &e),
+            },
         }
-        tracing::info!(target: "audit", namespace = self.job.namespace(), job = self.job.name_any(), %batch, "cancelled");
-        memory.cleanup.failed = None;
-        memory.cleanup.cancelled = true;
-        memory.cleanup.to_cancel.retain(|b| b != batch);
+        of_job!(self, info, target: "audit", %batch, "cancelled");
+        memory.cleanup.cancelled(batch);
+    }
+
+    /// There was nothing to cancel any more.
+    fn is_over(&self, batch: Batch, memory: &mut Memory) {
+        of_job!(self, info, batch = %batch.name, "had ended before it was cancelled");
+        memory.cleanup.cancelled(&batch.name);
+        let recorded = decide::current_attempt(self.job).and_then(|a| a.batch_name.as_deref());
+        if recorded == Some(batch.name.to_string().as_str()) {
+            self.saw(batch, memory);
+        }
+    }
+
+    /// Deletes a batch that does not run, and its result file as far as Gemini lets it be deleted.
+    async fn delete_batch(&self, batch: &BatchName, memory: &mut Memory) {
+        let Some(credential) = self.credential else { return };
+        let deleted = match self.may_touch(batch).await {
+            Ok(()) => self.ctx.gemini.delete_batch(&credential.key, batch).await,
+            Err(e) => Err(e),
+        };
+        match deleted {
+            Ok(()) => {}
+            Err(e) if e.is_absent() && self.made(batch) => {
+                memory.cleanup.went_on();
+                return memory.cleanup.batches_deleted.push(batch.to_string());
+            }
+            Err(e) => return self.cleanup_failed(memory, "deleting the batch", &e),
+        }
+        // Gemini was seen to refuse the deletion of result files; they expire by themselves.
+        if let Err(error) = self.ctx.gemini.delete_file(&credential.key, &batch.derived_output_file()).await {
+            of_job!(self, info, %batch, %error, "the result file stays until it expires");
+        }
+        of_job!(self, info, target: "audit", %batch, "deleted");
+        memory.cleanup.went_on();
+        memory.cleanup.batches_deleted.push(batch.to_string());
+    }
+
+    /// Whether the batch is one of this job's that was created with the present API key.
+    fn made(&self, batch: &BatchName) -> bool {
+        let name = batch.to_string();
+        let mut attempts = self.job.status.iter().flat_map(|s| &s.attempts);
+        attempts.any(|a| a.batch_name.as_ref() == Some(&name) && self.same_key(a))
+    }
+
+    /// Deletes the job, if it still is as it was looked at.
+    async fn delete_job(&self, memory: &mut Memory) -> Result<(), kube::Error> {
+        let jobs: Api<GeminiBatchJob> =
+            Api::namespaced(self.ctx.client.clone(), &self.job.namespace().unwrap_or_default());
+        let as_seen = Preconditions { uid: self.job.uid(), resource_version: self.job.resource_version() };
+        let params = DeleteParams { preconditions: Some(as_seen), ..DeleteParams::background() };
+        match jobs.delete(&self.job.name_any(), &params).await {
+            Ok(_) => {}
+            Err(e) if output::is(&e, 404) => {}
+            Err(e) => return Err(e), // changed meanwhile: looked at again
+        }
+        of_job!(self, info, "deleted: its time to live is over");
+        memory.cleanup.job_deleted = true;
+        Ok(())
     }
 
     fn has_own_input(&self) -> bool {
-        self.job.spec.input.gemini_file.is_none()
+        self.job.spec.has_own_input()
     }
 
     fn is_own_key(&self) -> bool {
@@ -502,6 +703,13 @@ impl Step<'_> {
 
     async fn delete_input_file(&self, file: &str, now: Timestamp, memory: &mut Memory) {
         let Some((key, name)) = self.key_and_file(file) else { return };
+        // With the operator's own key only files that bear the job's mark; any other one expires.
+        let uid = self.job.uid().unwrap_or_default();
+        let own = identity::input_file_prefix(&self.ring.cluster_id, &uid);
+        if self.job.spec.credentials.is_none() && !file.starts_with(&own) {
+            memory.cleanup.input_deleted = true;
+            return;
+        }
         match self.ctx.gemini.delete_file(key, &name).await {
             Ok(()) => {}
             Err(e) if e.is_absent() && self.is_own_key() => {}
@@ -510,14 +718,24 @@ impl Step<'_> {
                 return self.cleanup_failed(memory, "deleting the input file", &e);
             }
         }
-        memory.cleanup.failed = None;
+        memory.cleanup.went_on();
         memory.cleanup.input_deleted = true;
     }
 
-    fn cleanup_failed(&self, memory: &mut Memory, what: &str, error: impl std::fmt::Display) {
-        tracing::warn!(namespace = self.job.namespace(), job = self.job.name_any(), %error, "{what} failed");
-        memory.cleanup.failed =
-            Some(Tries::again(memory.cleanup.failed, self.ctx.clock.now(), &self.ctx.timings.result_pauses));
+    fn cleanup_failed(&self, memory: &mut Memory, what: &str, error: &gemini::Error) {
+        of_job!(self, warn, %error, "{what} failed");
+        let (now, timings) = (self.ctx.clock.now(), &self.ctx.timings);
+        let mut tries = Tries::again(memory.cleanup.failed, now, &timings.result_pauses);
+        let key = self.credential.filter(|_| error.is_credentials());
+        memory.cleanup.refused = key.map(|key| KeyRefused {
+            fingerprint: key.fingerprint.clone(),
+            problem: trouble_of(self.ctx, None, what, error).problem,
+        });
+        if key.is_some() {
+            // Somebody repairs it, and expects it to go on soon then.
+            tries.next = tries.next.min(after(now, timings.recheck));
+        }
+        memory.cleanup.failed = Some(tries);
     }
 
     // ------------------------------------------------------------------------------- outcomes
@@ -528,21 +746,10 @@ impl Step<'_> {
 
     /// A call that fails for now: tried again with growing pauses.
     fn trouble(&self, memory: &mut Memory, what: &str, error: &gemini::Error) {
-        let failures = memory.trouble.as_ref().map_or(0, |t| t.failures).saturating_add(1);
-        tracing::warn!(namespace = self.job.namespace(), job = self.job.name_any(), failures, %error, "{what} failed");
-        let timings = &self.ctx.timings;
-        // A key is repaired by somebody, who then expects the job to go on soon.
-        let (reason, longest) = if error.is_credentials() {
-            (Reason::CredentialsRefused, timings.recheck * 3 / 4)
-        } else {
-            (Reason::GeminiUnavailable, timings.trouble_longest)
-        };
-        let pause = backoff(timings.trouble_first, longest, failures);
-        memory.trouble = Some(Trouble {
-            failures,
-            next: after(self.ctx.clock.now(), error.retry_after().map_or(pause, |r| r.max(pause))),
-            problem: Problem::new(reason, format!("{what} fails: {error}; it is tried again")),
-        });
+        let trouble = trouble_of(self.ctx, memory.trouble.as_ref(), what, error);
+        let failures = trouble.failures;
+        of_job!(self, warn, failures, %error, "{what} failed");
+        memory.trouble = Some(trouble);
     }
 
     /// A refusal as it is recorded, if the error is one.
@@ -562,18 +769,23 @@ impl Step<'_> {
     ) -> Refused {
         let (now, timings) = (self.ctx.clock.now(), &self.ctx.timings);
         let refusals = u32::try_from(attempt.refusals.unwrap_or(0)).unwrap_or(0).saturating_add(1);
-        let pause = match problem.reason {
-            Reason::CredentialsRefused => timings.recheck,
-            _ => backoff(timings.quota_first, timings.quota_longest, refusals),
+        let pause = |refusals| backoff(timings.quota_first, timings.quota_longest, refusals);
+        let not_before = |pause| after(now, retry_after.map_or(pause, |asked| asked.max(pause)));
+        let retry_time = match problem.reason {
+            Reason::CredentialsRefused => not_before(timings.recheck),
+            // The key's quota is everybody's who uses it.
+            Reason::WaitingForQuota => {
+                self.ctx.ledger().refused(&attempt.credential_fingerprint, now, retry_after, pause)
+            }
+            _ => not_before(pause(refusals)),
         };
-        let pause = retry_after.map_or(pause, |asked| asked.max(pause));
         Refused {
             refusal: Refusal {
                 call,
                 reason: problem.reason.as_str().to_owned(),
                 code: i32::from(code),
                 time: MicroTime(now),
-                retry_time: MicroTime(after(now, pause)),
+                retry_time: MicroTime(retry_time),
             },
             reason: problem.reason,
             message: problem.message,
@@ -597,10 +809,6 @@ impl Step<'_> {
             None => self.trouble(memory, what, error),
         }
     }
-}
-
-fn collected_of(memory: &Memory) -> Option<&Collected> {
-    memory.collected.as_ref()
 }
 
 fn set_stage(memory: &mut Memory, attempt: &Attempt, stage: Stage) {

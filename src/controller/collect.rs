@@ -29,6 +29,11 @@ pub struct Collected {
     pub missing_keys: i64,
     /// The first of them.
     pub missing: Vec<String>,
+    /// Those of the failed requests that were never answered: their batch ended before it was their turn. They can
+    /// be sent again.
+    pub unanswered_lines: i64,
+    /// What earlier attempts of the job left could not be read: it is not among these.
+    pub without_earlier: bool,
     /// Lines whose key had a line before.
     pub duplicate_lines: i64,
     /// Lines whose key was not sent, or that have none.
@@ -52,6 +57,13 @@ pub struct Collected {
 }
 
 impl Collected {
+    /// Requests that a further attempt would carry: those without a line, and those that were never answered. `None`
+    /// if that can't be told, since the keys are not known and some have a result.
+    #[must_use]
+    pub fn open(&self) -> Option<i64> {
+        self.joined.then_some(self.missing_keys + self.unanswered_lines)
+    }
+
     /// Whether there is anything to store.
     #[must_use]
     pub fn has_results(&self) -> bool {
@@ -85,6 +97,16 @@ pub struct Kept {
     pub unmatched: String,
 }
 
+/// `google.rpc.Code` of requests that a batch did not come to before it was cancelled, or its time was over.
+const CANCELLED: i32 = 1;
+const DEADLINE_EXCEEDED: i32 = 4;
+
+/// Whether the request was never answered because its batch ended first.
+#[must_use]
+pub fn is_unanswered(outcome: &Outcome<'_>) -> bool {
+    matches!(outcome, Outcome::Error { code: Some(CANCELLED | DEADLINE_EXCEEDED), .. })
+}
+
 /// The keys that were sent.
 #[derive(Clone, Debug)]
 pub enum Keys {
@@ -106,6 +128,8 @@ pub struct Collector {
     found: Vec<Option<String>>,
     /// Whether the key has had a line.
     seen: Vec<bool>,
+    /// Whether that was one of an earlier attempt.
+    early: Vec<bool>,
     unmatched: String,
     /// Bytes kept or counted, and how many may be kept.
     size: usize,
@@ -127,6 +151,7 @@ impl Collector {
         Self {
             found: vec![None; keys.len()],
             seen: vec![false; keys.len()],
+            early: vec![false; keys.len()],
             index,
             keys,
             unmatched: String::new(),
@@ -149,8 +174,29 @@ impl Collector {
         self.unmatched(&String::from_utf8_lossy(raw));
     }
 
+    /// A line that an earlier attempt left. What was never answered then was sent again.
+    pub fn earlier(&mut self, raw: &str, line: &ResultLine<'_>) {
+        if is_unanswered(&line.outcome) {
+            return;
+        }
+        self.line(raw, line);
+        if let Some(index) = line.key.as_deref().and_then(|key| self.index.get(key)) {
+            self.early[*index] = true;
+        }
+    }
+
+    /// What earlier attempts left can't be read.
+    pub fn without_earlier(&mut self) {
+        self.out.without_earlier = true;
+    }
+
     /// A line.
     pub fn line(&mut self, raw: &str, line: &ResultLine<'_>) {
+        // Only after a crash in between: the results of this attempt are stored already, and were read as earlier ones.
+        let known = line.key.as_deref().and_then(|key| self.index.get(key));
+        if known.is_some_and(|index| self.early[*index]) {
+            return;
+        }
         self.add_usage(&line.usage);
         let Some(key) = line.key.as_deref() else {
             self.out.foreign_lines += 1;
@@ -168,6 +214,7 @@ impl Collector {
                 self.index.insert(key.to_owned(), index);
                 self.found.push(None);
                 self.seen.push(false);
+                self.early.push(false);
                 index
             }
         };
@@ -184,6 +231,7 @@ impl Collector {
             }
             Outcome::Error { code, message } => {
                 self.out.failed_lines += 1;
+                self.out.unanswered_lines += i64::from(is_unanswered(&line.outcome));
                 if self.out.failed.len() < SAMPLE {
                     self.out.failed.push((key.to_owned(), *code));
                 }

@@ -14,14 +14,14 @@ use super::decide::Results;
 use super::memory::{Refused, after};
 use crate::api::conditions::cut;
 use crate::api::{
-    Attempt, GeminiBatchJob, OutputStatus, RESEND_ANNOTATION, Reason, Refusal, RefusedCall, RequestCounts,
-    State,
+    Attempt, GeminiBatchJob, Outcome, OutputStatus, RESEND_ANNOTATION, Reason, Refusal, RefusedCall,
+    RequestCounts, State,
 };
 use crate::gemini::{Batch, BatchName, BatchState, Error, Hint};
 
 /// Until then the result file is certain to exist: the shortest life that was ever reported. (Google's
 /// guide says six weeks.)
-const RESULT_LIFE: SignedDuration = SignedDuration::from_hours(48);
+pub const RESULT_LIFE: SignedDuration = SignedDuration::from_hours(48);
 
 /// Keys named in a message, each cut to this many bytes.
 const NAMED_KEYS: usize = 5;
@@ -51,14 +51,17 @@ pub struct End {
 /// The end of a job whose batch has ended, or is gone.
 #[must_use]
 pub fn ended(
+    job: &GeminiBatchJob,
     a: &Attempt,
     batch: Option<&Batch>,
     collected: Option<&Collected>,
     stored: Option<&str>,
     hint: Option<String>,
 ) -> End {
-    let results = results(a, batch, collected, stored);
-    let (state, reason, message) = verdict(batch, collected, results.requests.unwrap_or_default());
+    let results = results(job, a, batch, collected, stored);
+    let counts = results.requests.unwrap_or_default();
+    let verdict = verdict(a, batch, collected, counts);
+    let (state, reason, message) = by_success_policy(job, counts, verdict);
     End {
         state,
         reason,
@@ -71,17 +74,250 @@ pub fn ended(
     }
 }
 
+/// Why the job goes on although the batch of this attempt has ended; `None` if that is the end of the job.
+///
+/// What GET says wins: a batch that succeeded whole is the end, whoever wanted to cancel it. A batch that Gemini
+/// does not show any more is never followed by another one: nobody knows whether it is over.
+#[must_use]
+pub fn goes_on(
+    job: &GeminiBatchJob,
+    a: &Attempt,
+    batch: Option<&Batch>,
+    collected: Option<&Collected>,
+) -> Option<Reason> {
+    let state = batch?.state;
+    let nothing_open = collected.is_some_and(|c| c.open() == Some(0));
+    // Without what earlier attempts left it can't be told what is missing.
+    let blind = collected.is_some_and(|c| c.without_earlier);
+    if nothing_open || blind || job.spec.import_from.is_some() {
+        return None;
+    }
+    let reason = match (cancelled_for(a), state) {
+        (None, BatchState::Succeeded | BatchState::Cancelled) | (Some(Reason::DeadlineExceeded), _) => {
+            return None;
+        }
+        (Some(_), BatchState::Succeeded) if collected.is_none_or(|c| c.unanswered_lines == 0) => return None,
+        (Some(_), _) => Reason::Suspended,
+        (None, BatchState::Expired) => Reason::BatchExpired,
+        (None, _) => Reason::BatchFailed,
+    };
+    (reason == Reason::Suspended || failures(job) < job.spec.backoff_limit).then_some(reason)
+}
+
+/// The end of a job between two attempts of which the next one is not allowed any more.
+#[must_use]
+pub fn limit_reached(job: &GeminiBatchJob, a: &Attempt) -> Option<End> {
+    let ended = &a.outcome.as_ref()?.reason;
+    let reason = [Reason::BatchExpired, Reason::BatchFailed].into_iter().find(|r| r.as_str() == ended)?;
+    if failures(job) <= job.spec.backoff_limit {
+        return None;
+    }
+    let message = format!(
+        "attempt {} ended as {ended}, and spec.backoffLimit ({}) allows no further one{}",
+        a.number,
+        job.spec.backoff_limit,
+        partial(job.status.as_ref().and_then(|s| s.requests).unwrap_or_default())
+    );
+    Some(stopped(job, State::Failed, reason, message))
+}
+
+/// The end of a job between two attempts that turns out to have all its results.
+#[must_use]
+pub fn nothing_missing(job: &GeminiBatchJob) -> End {
+    let counts = job.status.as_ref().and_then(|s| s.requests).unwrap_or_default();
+    let (state, reason) = match (counts.succeeded, counts.total) {
+        (0, _) => (State::Failed, Reason::AllRequestsFailed),
+        (succeeded, total) if succeeded < total => (State::Succeeded, Reason::CompletedWithFailures),
+        _ => (State::Succeeded, Reason::Completed),
+    };
+    let message = format!(
+        "every request was answered in earlier attempts: {} of {} have a response",
+        counts.succeeded, counts.total
+    );
+    let counts = RequestCounts { failed: counts.total - counts.succeeded, ..counts };
+    let (state, reason, message) = by_success_policy(job, counts, (state, reason, message));
+    stopped(job, state, reason, message)
+}
+
+/// Why the operator wanted the batch cancelled, if it did.
+#[must_use]
+pub fn cancelled_for(a: &Attempt) -> Option<Reason> {
+    let reason = a.cancellation.as_ref()?.reason.as_str();
+    Some(if reason == Reason::DeadlineExceeded.as_str() {
+        Reason::DeadlineExceeded
+    } else {
+        Reason::Suspended
+    })
+}
+
+/// Earlier attempts that Gemini did not finish. Those that were suspended do not count.
+fn failures(job: &GeminiBatchJob) -> i32 {
+    let attempts = job.status.as_ref().map_or(&[][..], |s| &s.attempts);
+    let failed = attempts.iter().filter_map(|a| a.outcome.as_ref());
+    let failed = failed.filter(|o| o.reason != Reason::Suspended.as_str()).count();
+    i32::try_from(failed).unwrap_or(i32::MAX)
+}
+
+/// The end of an attempt after which the job goes on.
+#[must_use]
+pub fn attempt_ended(
+    job: &GeminiBatchJob,
+    a: &Attempt,
+    batch: Option<&Batch>,
+    collected: Option<&Collected>,
+    stored: Option<&str>,
+    hint: Option<String>,
+    reason: Reason,
+) -> End {
+    let mut results = results(job, a, batch, collected, stored);
+    if let Some(counts) = &mut results.requests {
+        counts.failed = match collected {
+            Some(c) => c.failed_lines - c.unanswered_lines,
+            None => last_outcome(job).map_or(0, |o| o.failed),
+        };
+        counts.pending = counts.total - counts.succeeded - counts.failed;
+    }
+    let counts = results.requests.unwrap_or_default();
+    let what = match reason {
+        Reason::BatchExpired => "Gemini gave the batch up after its time limit".to_owned(),
+        Reason::Suspended => "the batch was cancelled, as spec.suspend and spec.suspendPolicy say".to_owned(),
+        _ => format!("Gemini says that the batch failed{}", code_of(batch)),
+    };
+    let further = if reason == Reason::Suspended && job.spec.suspend {
+        "further ones wait until spec.suspend is false".to_owned()
+    } else if reason == Reason::Suspended {
+        format!("a further batch carries the other {}", counts.pending)
+    } else {
+        format!(
+            "a further batch carries the other {} (failure {} of the {} that spec.backoffLimit allows to be followed by \
+             another batch)",
+            counts.pending,
+            failures(job) + 1,
+            job.spec.backoff_limit
+        )
+    };
+    End {
+        state: State::Pending,
+        reason,
+        message: format!(
+            "{what}; {} of {} requests have a response; {further}",
+            counts.succeeded, counts.total
+        ),
+        results,
+        remote_state: batch.map(|b| b.state.as_str().to_owned()),
+        end_time: batch.and_then(|b| b.end_time),
+        refusal: None,
+        hint,
+    }
+}
+
+/// The end of a job between two attempts: nothing of it is at Gemini.
+#[must_use]
+pub fn stopped(job: &GeminiBatchJob, state: State, reason: Reason, message: String) -> End {
+    let counts = job.status.as_ref().and_then(|s| s.requests);
+    End {
+        state,
+        reason,
+        message,
+        results: Results {
+            requests: counts.map(|c| RequestCounts { failed: c.total - c.succeeded, pending: 0, ..c }),
+            ..Results::default()
+        },
+        remote_state: None,
+        end_time: None,
+        refusal: None,
+        hint: None,
+    }
+}
+
+/// The deadline passed while nothing was at Gemini.
+#[must_use]
+pub fn deadline_exceeded(job: &GeminiBatchJob, seconds: i64) -> End {
+    let message = format!(
+        "spec.activeDeadlineSeconds ({seconds}) have passed since status.startTime, and no batch runs{}",
+        partial(job.status.as_ref().and_then(|s| s.requests).unwrap_or_default())
+    );
+    stopped(job, State::Failed, Reason::DeadlineExceeded, message)
+}
+
+/// No further attempt is possible.
+#[must_use]
+pub fn no_further_attempt(job: &GeminiBatchJob, a: &Attempt, reason: Reason) -> End {
+    let why = match reason {
+        Reason::InputChanged => {
+            "its input is not the one that the first attempt was made of, so it can't be told what is missing"
+        }
+        Reason::AttemptsExhausted => "it had as many attempts as a job can have",
+        _ => {
+            "the operator does not know the requests of its input file, so it can't be told which are missing"
+        }
+    };
+    let ended = a.outcome.as_ref().map_or("", |o| o.reason.as_str());
+    let message = format!(
+        "attempt {} ended as {ended}, and there is no further one: {why}{}. Create a new GeminiBatchJob for the rest",
+        a.number,
+        partial(job.status.as_ref().and_then(|s| s.requests).unwrap_or_default())
+    );
+    stopped(job, State::Failed, reason, message)
+}
+
+/// What the last attempt that is over had.
+fn last_outcome(job: &GeminiBatchJob) -> Option<&Outcome> {
+    let attempts = &job.status.as_ref()?.attempts;
+    attempts.iter().filter(|a| a.outcome.is_some()).max_by_key(|a| a.number)?.outcome.as_ref()
+}
+
+fn code_of(batch: Option<&Batch>) -> String {
+    batch.and_then(|b| b.error.as_ref()).map_or_else(String::new, |e| format!(" (code {})", e.code))
+}
+
+fn partial(counts: RequestCounts) -> String {
+    if counts.succeeded > 0 {
+        format!("; {} of {} requests have a response, which was collected", counts.succeeded, counts.total)
+    } else {
+        "; no request has a response".to_owned()
+    }
+}
+
+/// A success, unless more requests failed than the job allows.
+fn by_success_policy(
+    job: &GeminiBatchJob,
+    counts: RequestCounts,
+    (state, reason, message): (State, Reason, String),
+) -> (State, Reason, String) {
+    let Some(policy) = job.spec.success_policy.as_ref().filter(|_| state == State::Succeeded) else {
+        return (state, reason, message);
+    };
+    if counts.failed <= policy.allowed(counts.total) {
+        return (state, reason, message);
+    }
+    let limit = policy.as_written();
+    let message = format!("{message}: more than spec.successPolicy.maxFailedRequests ({limit}) allows");
+    (State::Failed, Reason::TooManyFailedRequests, message)
+}
+
 fn verdict(
+    a: &Attempt,
     batch: Option<&Batch>,
     collected: Option<&Collected>,
     counts: RequestCounts,
 ) -> (State, Reason, String) {
-    let partial = if counts.succeeded > 0 {
-        format!("; {} of {} requests have a response, which was collected", counts.succeeded, counts.total)
-    } else {
-        "; no request has a response".to_owned()
-    };
-    match batch.map(|b| b.state) {
+    // However the batch ended: if every request was answered, nothing is missing.
+    let answered = counts.succeeded > 0 && collected.is_some_and(|c| c.open() == Some(0));
+    let whole = collected.is_none_or(|c| c.unanswered_lines == 0);
+    let state = batch.map(|b| if answered { BatchState::Succeeded } else { b.state });
+    if cancelled_for(a) == Some(Reason::DeadlineExceeded)
+        && !matches!(state, Some(BatchState::Succeeded) if whole)
+        && state.is_some()
+    {
+        let message = format!(
+            "the batch was cancelled, since spec.activeDeadlineSeconds had passed{}",
+            partial(counts)
+        );
+        return (State::Failed, Reason::DeadlineExceeded, message);
+    }
+    let partial = partial(counts);
+    match state {
         Some(BatchState::Succeeded) => match collected {
             None => (
                 State::Failed,
@@ -116,12 +352,17 @@ fn verdict(
         Some(BatchState::Cancelled) => (
             State::Cancelled,
             Reason::BatchCancelled,
-            format!("the batch was cancelled at Gemini, not by this operator{partial}"),
+            if a.cancellation.is_some() {
+                format!("the batch was cancelled, as this job asked{partial}")
+            } else {
+                format!("the batch was cancelled at Gemini, not by this operator{partial}")
+            },
         ),
-        Some(_) => (State::Failed, Reason::BatchFailed, {
-            let code = batch.and_then(|b| b.error.as_ref()).map(|e| format!(" (code {})", e.code));
-            format!("Gemini says that the batch failed{}{partial}", code.unwrap_or_default())
-        }),
+        Some(_) => (
+            State::Failed,
+            Reason::BatchFailed,
+            format!("Gemini says that the batch failed{}{partial}", code_of(batch)),
+        ),
         None => (
             State::Failed,
             Reason::BatchNotFound,
@@ -171,6 +412,12 @@ fn details(c: &Collected, counts: RequestCounts) -> String {
             let _ = write!(text, "; {count} {what}");
         }
     }
+    if c.without_earlier {
+        text.push_str(
+            "; the result files of earlier attempts (status.attempts[].outcome.outputFile) can't be read any more, so what \
+             they hold is counted, but not among these results",
+        );
+    }
     if !c.joined && c.input_changed {
         text.push_str(
             "; the input was changed after the submission, or can't be read any more, so the results are stored as \
@@ -195,23 +442,35 @@ fn more(all: i64, named: usize) -> String {
 /// What is known of the results.
 #[must_use]
 pub fn results(
+    job: &GeminiBatchJob,
     a: &Attempt,
     batch: Option<&Batch>,
     collected: Option<&Collected>,
     stored: Option<&str>,
 ) -> Results {
-    let known = a.request_count.or_else(|| batch.and_then(|b| b.stats).map(|s| s.total));
-    let succeeded = collected.map_or(0, |c| c.succeeded_lines);
-    let lines = collected.map_or(0, |c| c.succeeded_lines + c.failed_lines);
+    // The first attempt carried all requests.
+    let first = job.status.as_ref().and_then(|s| s.attempts.iter().find(|first| first.number == 1));
+    let known = first.unwrap_or(a).request_count;
+    let known = known.or_else(|| batch.and_then(|b| b.stats).map(|s| s.total));
+    let earlier = last_outcome(job);
+    let before = earlier.map_or(0, |o| o.succeeded);
+    let succeeded =
+        collected.map_or(before, |c| c.succeeded_lines + if c.without_earlier { before } else { 0 });
+    let lines = collected.map_or(succeeded, |c| c.succeeded_lines + c.failed_lines);
     let total = known.unwrap_or(lines).max(succeeded);
-    let file = collected.and_then(|c| c.file.clone()).or_else(|| {
-        batch.filter(|b| b.state == BatchState::Succeeded).map(|b| b.output_file_or_derived().to_string())
-    });
+    // Also one that could not be read, if it should be there: what it holds is paid for.
+    let should_be = |b: &&Batch| {
+        let counted = b.stats.is_some_and(|s| s.succeeded > 0);
+        b.inlined.is_none() && (b.state == BatchState::Succeeded || (collected.is_none() && counted))
+    };
+    let file = collected
+        .and_then(|c| c.file.clone())
+        .or_else(|| batch.filter(should_be).map(|b| b.output_file_or_derived().to_string()));
     Results {
         requests: Some(RequestCounts { total, succeeded, failed: total - succeeded, pending: 0 }),
         usage: collected.map(|c| c.usage),
-        output: file.map(|file_name| OutputStatus {
-            file_name: Some(file_name),
+        output: (file.is_some() || stored.is_some()).then(|| OutputStatus {
+            file_name: file,
             expiration_time: batch.and_then(|b| b.end_time).map(|t| Time(after(t, RESULT_LIFE))),
             bytes: collected.map(|c| c.bytes),
             sha256: collected.map(|c| c.sha256.clone()),
@@ -374,6 +633,54 @@ pub fn contradicted(a: &Attempt, event: &str, seen: Option<&Batch>) -> Problem {
     )
 }
 
+/// The batch is being cancelled, and Gemini has not said yet how it ends.
+#[must_use]
+pub fn cancelling(name: &BatchName, reason: Reason) -> Problem {
+    let why = if reason == Reason::DeadlineExceeded {
+        "spec.activeDeadlineSeconds have passed"
+    } else {
+        "spec.suspend and spec.suspendPolicy say so"
+    };
+    Problem::new(
+        Reason::Cancelling,
+        format!("{name} is being cancelled, since {why}; it is watched until Gemini says how it ended"),
+    )
+}
+
+/// The batch that shall be imported is not shown.
+#[must_use]
+pub fn nothing_to_import(name: &BatchName) -> Problem {
+    Problem::new(
+        Reason::BatchNotFound,
+        format!(
+            "Gemini does not show {name} to this API key: correct spec.importFrom.batchName, or name the key that it was \
+             created with in spec.credentials"
+        ),
+    )
+}
+
+/// The job goes, but what `deletionPolicy: Delete` wanted gone at Gemini is still there.
+#[must_use]
+pub fn not_deleted(batch: &BatchName) -> Problem {
+    Problem::new(
+        Reason::Deleted,
+        format!(
+            "the job was deleted, but {batch} and its files could not be deleted at Gemini; it does not run, and its files \
+             expire by themselves"
+        ),
+    )
+}
+
+/// The job is deleted, and its batch left alone, as it asked.
+#[must_use]
+pub fn left_alone(a: &Attempt) -> Problem {
+    let batch = a.batch_name.as_deref().unwrap_or(&a.display_name);
+    Problem::new(
+        Reason::Deleted,
+        format!("the job was deleted; {batch} is left alone at Gemini, as spec.deletionPolicy says (Orphan)"),
+    )
+}
+
 /// The job is being deleted, and there is no key to cancel its batch with.
 #[must_use]
 pub fn deleted_without_key(a: &Attempt, problem: &Problem, deadline: Timestamp) -> Problem {
@@ -386,6 +693,16 @@ pub fn deleted_without_key(a: &Attempt, problem: &Problem, deadline: Timestamp) 
             problem.message,
             deadline.strftime("%Y-%m-%dT%H:%M:%SZ")
         ),
+    )
+}
+
+/// The whole namespace is being deleted, and the Secret went before the job.
+#[must_use]
+pub fn key_gone_with_namespace() -> Problem {
+    Problem::new(
+        Reason::CredentialsNotFound,
+        "its namespace is being deleted, the Secret with the API key went first, and this operator did not have the key \
+         in memory",
     )
 }
 
@@ -440,6 +757,16 @@ pub fn orphaned(a: &Attempt, problem: Option<&Problem>) -> Problem {
     )
 }
 
+/// Gemini was asked whether the API key is valid, and said no.
+#[must_use]
+pub fn key_refused() -> Problem {
+    Problem::new(
+        Reason::CredentialsRefused,
+        "Gemini refuses the API key. Put a valid key into the Secret that spec.credentials.secretRef names, or allow this one \
+         to use the Gemini API",
+    )
+}
+
 /// What a refusal by Gemini means for the user, and whether nothing that can still be changed would help;
 /// `None` if the error is no refusal.
 #[must_use]
@@ -447,7 +774,7 @@ pub fn refusal_of(call: RefusedCall, error: &Error, job: &GeminiBatchJob) -> Opt
     if !error.is_refusal() {
         return None;
     }
-    let theirs = job.spec.input.gemini_file.as_ref();
+    let theirs = job.spec.gemini_file();
     let model = &job.spec.model;
     Some(if error.is_quota() {
         (Problem::new(Reason::WaitingForQuota, ""), false)

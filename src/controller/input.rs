@@ -3,7 +3,7 @@
 //! Gemini refuses a whole file for one bad line, so each line is checked here first. Messages name the
 //! line and never quote it: it may hold a prompt.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -25,8 +25,31 @@ pub struct Input {
     pub bytes: Bytes,
     /// SHA-256 of `bytes` in hexadecimal.
     pub sha256: String,
+    /// The same of all requests of the job. A further attempt carries only some of them.
+    pub whole_sha256: String,
     /// The keys in input order.
     pub keys: Vec<String>,
+}
+
+impl Input {
+    /// Those requests whose key is not among `answered`.
+    #[must_use]
+    pub fn without(self, answered: &HashSet<String>) -> Self {
+        let mut bytes = Vec::with_capacity(self.bytes.len());
+        let mut keys = Vec::new();
+        for (key, line) in self.keys.into_iter().zip(self.bytes.split_inclusive(|b| *b == b'\n')) {
+            if !answered.contains(&key) {
+                bytes.extend_from_slice(line);
+                keys.push(key);
+            }
+        }
+        Self {
+            sha256: hex(&Sha256::digest(&bytes)),
+            bytes: bytes.into(),
+            keys,
+            whole_sha256: self.whole_sha256,
+        }
+    }
 }
 
 /// The requests that stand in the job itself.
@@ -119,7 +142,8 @@ pub fn from_lines(content: &[u8], source: &str, max_bytes: u64) -> Result<Input,
     if bytes.len() as u64 > max_bytes {
         return Err(too_large(bytes.len()));
     }
-    Ok(Input { sha256: hex(&Sha256::digest(&bytes)), bytes: bytes.into(), keys })
+    let sha256 = hex(&Sha256::digest(&bytes));
+    Ok(Input { whole_sha256: sha256.clone(), sha256, bytes: bytes.into(), keys })
 }
 
 /// The key of one line, or what is wrong with the line.

@@ -4,37 +4,79 @@
 //! An action's outcome is folded in here; the next decision reads it. What has to survive a restart is
 //! written to the job's status before the next action is taken.
 
+use std::sync::Arc;
+
 use jiff::{SignedDuration, Timestamp};
 
-use super::Problem;
 use super::collect::Collected;
 use super::decide::Wake;
+use super::{Credential, Problem};
 use crate::api::{Reason, Refusal};
 use crate::gemini::{Batch, BatchName};
 
 /// Everything remembered of one job.
 #[derive(Clone, Debug, Default)]
 pub struct Memory {
+    /// The attempt that all of this is about: see [`Memory::is_about`].
+    attempt: Option<i32>,
     /// How far the send of the current attempt has come.
     pub send: Option<Send>,
     /// Whether the output object is ours, and what stands in the way if not.
     pub output: OutputObject,
     /// The last answer to a GET of the batch.
     pub remote: Option<Remote>,
+    /// The API key that it was given to, by its fingerprint.
+    pub remote_key: Option<String>,
+    /// The batch that was asked for.
+    pub remote_name: Option<BatchName>,
     /// What the result file holds, once it was read to its end.
     pub collected: Option<Collected>,
     /// Since when the result file is awaited, and how often it was asked for.
     pub unreadable: Option<Absent>,
     /// When GETs are due and how many are left.
     pub looks: Looks,
+    /// Batches of this job that are at Gemini for attempts that it may not know: see [`super::census`].
+    pub found: Found,
     /// The last probe of a key that Gemini had refused.
     pub probe: Option<Probe>,
     /// A call to Gemini that fails for now.
     pub trouble: Option<Trouble>,
     /// Steps of the clean-up that are done.
     pub cleanup: Cleanup,
+    /// The API key of an attempt that is, or may be, at Gemini: to cancel it with when the job is deleted and its
+    /// Secret has gone before it, as it does when a whole namespace is deleted. Wiped when it is dropped.
+    pub kept_key: Option<Arc<Credential>>,
+    /// Whether the job's namespace is being deleted, once it was asked.
+    pub namespace: Option<NamespaceSeen>,
     /// The version of the job that the last turn left behind, and when to come again.
     pub settled: Option<(String, Wake)>,
+}
+
+/// Batches of one job, each with the number of its attempt.
+pub type Found = Vec<(i32, Batch)>;
+
+/// What was found out about a job's namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NamespaceSeen {
+    /// It is being deleted: nothing can be created in it any more.
+    pub terminating: bool,
+    /// Until then it is not asked again.
+    pub next: Timestamp,
+}
+
+impl Memory {
+    /// Nothing of one attempt must be taken for something of the next. The status says which one it is about, whether
+    /// or not the process learned that it was written.
+    pub fn is_about(&mut self, attempt: i32) {
+        if self.attempt.is_some_and(|before| before != attempt) {
+            *self = Self {
+                settled: self.settled.take(),
+                found: std::mem::take(&mut self.found),
+                ..Self::default()
+            };
+        }
+        self.attempt = Some(attempt);
+    }
 }
 
 /// How far one send has come.
@@ -84,7 +126,9 @@ pub struct Search {
     pub since: Option<Timestamp>,
     /// The send's input file is gone: a create that is still travelling must fail.
     pub fenced: bool,
-    /// A complete listing since then did not show it either.
+    /// When it was seen gone.
+    pub fenced_at: Option<Timestamp>,
+    /// A complete listing long enough after that did not show it either.
     pub listed_behind_fence: bool,
     /// The search began after a restart with another API key, which proves nothing about the input file:
     /// that is still to be asked for with the right one.
@@ -210,6 +254,7 @@ pub struct Probe {
 
 /// Steps of the clean-up after the end, or of a deletion.
 #[derive(Clone, Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "steps that are done or not, in any combination")]
 pub struct Cleanup {
     /// The input file is gone.
     pub input_deleted: bool,
@@ -219,10 +264,54 @@ pub struct Cleanup {
     pub to_cancel: Vec<BatchName>,
     /// The batch of the attempt was cancelled, or needs no cancelling.
     pub cancelled: bool,
+    /// GETs since then that did not show its end.
+    pub watched: Option<Tries>,
+    /// Batches that are deleted at Gemini, with their result files.
+    pub batches_deleted: Vec<String>,
+    /// The job was deleted since its time to live is over.
+    pub job_deleted: bool,
     /// Complete listings: one before the input file is deleted, one after.
     pub listings: u32,
     /// Tries that failed.
     pub failed: Option<Tries>,
+    /// The last of them, if it is the API key that was refused: somebody has to know.
+    pub refused: Option<KeyRefused>,
+}
+
+impl Cleanup {
+    /// A step was taken.
+    pub fn went_on(&mut self) {
+        self.failed = None;
+        self.refused = None;
+    }
+
+    /// The batch was cancelled, or needs no cancelling.
+    pub fn cancelled(&mut self, batch: &BatchName) {
+        self.went_on();
+        self.cancelled = true;
+        self.to_cancel.retain(|other| other != batch);
+    }
+
+    /// What to say of the key, if it is the one that was refused.
+    #[must_use]
+    pub fn refused(&self, fingerprint: &str) -> Option<&Problem> {
+        self.refused.as_ref().filter(|r| r.fingerprint == fingerprint).map(|r| &r.problem)
+    }
+
+    /// Whether another key was refused, and this one may do.
+    #[must_use]
+    pub fn is_another_key(&self, fingerprint: &str) -> bool {
+        self.refused.as_ref().is_some_and(|r| r.fingerprint != fingerprint)
+    }
+}
+
+/// Gemini refused an API key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyRefused {
+    /// Of the key.
+    pub fingerprint: String,
+    /// For the condition.
+    pub problem: Problem,
 }
 
 /// When to GET a batch: at once for a new hint, a few times more if Gemini still says that it runs, and
@@ -235,8 +324,22 @@ pub struct Looks {
     pub next: Option<Timestamp>,
     /// The sweep asked for a GET.
     pub swept: bool,
+    /// Why the last GET was made.
+    pub why: Why,
     /// Times of the last GETs, newest last.
     recent: Vec<Timestamp>,
+}
+
+/// Why a batch was looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Why {
+    /// None of these.
+    #[default]
+    Other,
+    /// A callback came.
+    Callback,
+    /// The sweep saw that it does not go on.
+    Sweep,
 }
 
 /// GETs of one job within `Timings::look_window`, however many hints come.
@@ -260,6 +363,11 @@ impl Looks {
         if self.recent.len() > BUDGET {
             self.recent.remove(0);
         }
+        self.why = match hint {
+            Some(_) => Why::Callback,
+            None if self.swept => Why::Sweep,
+            None => Why::Other,
+        };
         self.swept = false;
         self.next = None;
         if let Some(hint) = hint {
@@ -318,6 +426,19 @@ mod tests {
         looks.looked(Some("m1"), now, &pauses());
         assert_eq!(looks.next, None);
         assert!(looks.exhausted("m1") && !looks.exhausted("m2"));
+    }
+
+    #[test]
+    fn it_is_remembered_why_a_look_was_made() {
+        let mut looks = Looks::default();
+        looks.looked(None, at(0), &pauses());
+        assert_eq!(looks.why, Why::Other);
+        looks.swept = true;
+        looks.looked(None, at(9), &pauses());
+        assert_eq!((looks.why, looks.swept), (Why::Sweep, false));
+        looks.swept = true;
+        looks.looked(Some("m"), at(19), &pauses());
+        assert_eq!(looks.why, Why::Callback);
     }
 
     #[test]

@@ -6,30 +6,44 @@
 //! | [`decide`] | no | what to do next: the whole lifecycle |
 //! | [`act`] | yes | takes one step, folds its outcome into [`memory`] |
 //! | [`report`] | yes | writes one change to the job, and its Event |
+//! | [`earlier`] | yes | what earlier attempts left |
 //! | [`sweep`] | yes | finds what callbacks did not tell |
+//! | [`census`] | yes | what Gemini has that the cluster may have forgotten |
+//! | [`quota`] | no | who may send next, for each API key |
+//! | [`doorman`] | no | wakes those whose turn it is |
 //! | [`run`] | yes | drives the four, and the watch |
+//! | [`policy`] | no | what an administrator decided for all jobs |
+//! | [`schema_check`] | yes | whether the installed definition is as new as the operator |
 //!
 //! Never imports `receiver`, nor the other way round: the job is their only meeting point.
 
 pub mod act;
+pub mod census;
 pub mod collect;
 pub mod decide;
+pub mod doorman;
+pub mod earlier;
 pub mod ending;
 pub mod identity;
 pub mod input;
 pub mod memory;
 pub mod metrics;
+pub mod namespaces;
 pub mod observe;
 pub mod output;
+pub mod policy;
+pub mod quota;
 pub mod report;
 pub mod ring;
 pub mod run;
+pub mod schema_check;
 pub mod sweep;
 pub mod watched;
 
 use jiff::SignedDuration;
 
 use crate::api::Reason;
+use crate::gemini::ApiKey;
 
 /// What keeps a job from going on, and what to change.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,13 +61,26 @@ impl Problem {
     }
 }
 
+/// An API key and its fingerprint.
+#[derive(Clone, Debug)]
+pub struct Credential {
+    /// The key. Redacts itself.
+    pub key: ApiKey,
+    /// A keyed hash of it: the only form in which it is ever written down.
+    pub fingerprint: String,
+}
+
 /// What a decision needs to know of an input.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InputFacts {
-    /// SHA-256 in hexadecimal.
+    /// SHA-256 of what the next attempt carries, in hexadecimal.
     pub sha256: String,
-    /// Number of requests.
+    /// The same of all requests of the job.
+    pub whole_sha256: String,
+    /// Number of requests that the next attempt carries.
     pub count: i64,
+    /// Size in bytes of what the next attempt carries.
+    pub bytes: i64,
 }
 
 /// How patient the controller is. All durations are on the operator's clock.
@@ -81,8 +108,8 @@ pub struct Timings {
     pub reuse_file: SignedDuration,
     /// For this long after the intent a file that is not there proves that it was never uploaded.
     pub absent_file_proves: SignedDuration,
-    /// A deletion waits at most this long for the batch to be cancelled.
-    pub deletion: SignedDuration,
+    /// Pauses between GETs of a batch that was cancelled and has not ended yet; the last one repeats.
+    pub cancel_pauses: Vec<SignedDuration>,
     /// What is not watched (Secrets, ConfigMaps) is looked at again after half to one of these.
     pub recheck: SignedDuration,
     /// First pause after a refusal for lack of quota; doubled each time.
@@ -95,6 +122,8 @@ pub struct Timings {
     pub trouble_longest: SignedDuration,
     /// Pause between two sweeps, jittered by a tenth.
     pub sweep: SignedDuration,
+    /// How often it is looked whether the `CustomResourceDefinition` is as new as the operator, as long as it is.
+    pub schema: SignedDuration,
 }
 
 impl Default for Timings {
@@ -111,13 +140,14 @@ impl Default for Timings {
             gone_after: SignedDuration::from_hours(1),
             reuse_file: SignedDuration::from_hours(40),
             absent_file_proves: SignedDuration::from_hours(24),
-            deletion: SignedDuration::from_mins(5),
+            cancel_pauses: seconds(&[1, 2, 5, 10, 30, 60, 120, 300]),
             recheck: SignedDuration::from_secs(40),
             quota_first: SignedDuration::from_mins(1),
             quota_longest: SignedDuration::from_hours(1),
             trouble_first: SignedDuration::from_secs(1),
             trouble_longest: SignedDuration::from_mins(5),
             sweep: SignedDuration::from_mins(10),
+            schema: SignedDuration::from_mins(5),
         }
     }
 }

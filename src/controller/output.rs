@@ -7,15 +7,16 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::ConfigMap;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use kube::api::{DeleteParams, PostParams, Preconditions};
-use kube::{Api, Client, ResourceExt};
+use kube::{Api, Client, Resource as _, ResourceExt};
 use serde_json::json;
 
 use super::Problem;
 use super::collect::{Collected, Kept};
 use crate::api::{
     CONTROLLER_MANAGER, GeminiBatchJob, JOB_NAME_ANNOTATION, JOB_UID_ANNOTATION, Reason, RequestCounts,
+    Retention,
 };
 
 /// The API server takes 1 MiB of data in a ConfigMap; the manifest needs some of it.
@@ -76,6 +77,16 @@ pub async fn store(
     }
     match maps.get_opt(name).await? {
         Some(there) if is_ours(job, &there) => {
+            // Lines of earlier attempts that belong to no request were paid for as well.
+            if let Some(old) = there.data.as_ref().and_then(|d| d.get(UNMATCHED_KEY)) {
+                let new = data.entry(UNMATCHED_KEY.to_owned()).or_default();
+                let earlier: Vec<&str> =
+                    old.lines().filter(|line| !kept.unmatched.lines().any(|l| l == *line)).collect();
+                for line in earlier {
+                    new.push_str(line);
+                    new.push('\n');
+                }
+            }
             let full = object(job, name, Some(data), there.resource_version());
             write(maps.replace(name, &post(), &full).await, name)
         }
@@ -110,6 +121,7 @@ pub fn manifest(job: &GeminiBatchJob, collected: &Collected, counts: RequestCoun
         "model": job.spec.model,
         "batch": attempt.and_then(|a| a.batch_name.clone()),
         "attempt": attempt.map(|a| a.number),
+        "batches": job.status.iter().flat_map(|s| &s.attempts).filter_map(|a| a.batch_name.as_ref()).collect::<Vec<_>>(),
         "inputSha256": attempt.and_then(|a| a.input_sha256.clone()),
         "resultFile": {"name": collected.file, "bytes": collected.bytes, "sha256": collected.sha256},
         "requests": {
@@ -143,6 +155,7 @@ fn object(
                 "app.kubernetes.io/managed-by".to_owned(),
                 "gemini-batch-operator".to_owned(),
             )])),
+            owner_references: owners(job),
             annotations: Some(BTreeMap::from([
                 (JOB_UID_ANNOTATION.to_owned(), job.uid().unwrap_or_default()),
                 (JOB_NAME_ANNOTATION.to_owned(), job.name_any()),
@@ -154,11 +167,20 @@ fn object(
     }
 }
 
+/// With the job's own life, if its user wants that.
+fn owners(job: &GeminiBatchJob) -> Option<Vec<OwnerReference>> {
+    let retention = job.spec.output.as_ref()?.retention;
+    let owner = OwnerReference { controller: None, block_owner_deletion: None, ..job.owner_ref(&())? };
+    (retention == Retention::Delete).then(|| vec![owner])
+}
+
 fn post() -> PostParams {
     PostParams { field_manager: Some(CONTROLLER_MANAGER.to_owned()), ..PostParams::default() }
 }
 
-fn is_ours(job: &GeminiBatchJob, there: &ConfigMap) -> bool {
+/// Whether the object was made for this very job.
+#[must_use]
+pub fn is_ours(job: &GeminiBatchJob, there: &ConfigMap) -> bool {
     there.annotations().get(JOB_UID_ANNOTATION).is_some_and(|uid| Some(uid) == job.uid().as_ref())
 }
 

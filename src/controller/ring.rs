@@ -4,8 +4,11 @@
 //! A ring that vanished is never silently replaced by another one while jobs run: their callbacks would be
 //! refused, and their API keys could not be recognised. A controller that has it in memory writes the same
 //! ring back and raises an alarm; one that starts without it refuses to.
+//!
+//! All that holds with callbacks off, too: the ring also has the cluster id in the names of batches and the key of the
+//! fingerprints. Only retired keys are not looked for then.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError};
 
 use jiff::{SignedDuration, Timestamp};
@@ -19,6 +22,7 @@ use kube::{Api, Client, ResourceExt as _};
 use tokio_util::sync::CancellationToken;
 
 use super::decide;
+use super::namespaces;
 use super::run::Context;
 use super::watched::Watched;
 use crate::api::{CONTROLLER_MANAGER, GeminiBatchJob};
@@ -99,8 +103,8 @@ pub struct Place {
     pub secret: String,
     /// `--cluster-id`.
     pub cluster_id: Option<String>,
-    /// The namespace whose jobs are worked on; all if none.
-    pub watch_namespace: Option<String>,
+    /// The namespaces whose jobs are worked on; all if none is named.
+    pub watch_namespaces: BTreeSet<String>,
     /// Whether a ring may be made although jobs were submitted with one that is gone.
     pub recreate: bool,
 }
@@ -113,7 +117,7 @@ pub async fn ensure(client: &Client, place: &Place, now: Timestamp) -> Result<Ke
     let ring = if let Some(there) = secrets.get_opt(secret).await.map_err(failed)? {
         parse(secret, &there)?
     } else {
-        let jobs = submitted_jobs(client, place.watch_namespace.as_deref()).await.map_err(failed)?;
+        let jobs = submitted_jobs(client, &place.watch_namespaces).await.map_err(failed)?;
         if jobs > 0 && !place.recreate {
             return Err(RingError::Vanished { secret: secret.to_owned(), jobs });
         }
@@ -145,19 +149,20 @@ pub async fn ensure(client: &Client, place: &Place, now: Timestamp) -> Result<Ke
 }
 
 /// Unfinished jobs whose callbacks and API keys depend on a ring.
-async fn submitted_jobs(client: &Client, namespace: Option<&str>) -> Result<usize, kube::Error> {
-    let jobs: Api<Watched> = match namespace {
-        None => Api::all(client.clone()),
-        Some(namespace) => Api::namespaced(client.clone(), namespace),
-    };
-    match jobs.list(&ListParams::default()).await {
-        // One that can't be read may need the ring as well.
-        Ok(list) => {
-            Ok(list.iter().filter(|job| job.0.as_ref().map_or(true, |j| submitted(j).is_some())).count())
+async fn submitted_jobs(client: &Client, among: &BTreeSet<String>) -> Result<usize, kube::Error> {
+    let mut submitted_jobs = 0;
+    for jobs in namespaces::jobs(client, among) {
+        match jobs.list(&ListParams::default()).await {
+            // One that can't be read may need the ring as well.
+            Ok(list) => {
+                let needs_ring = |job: &&Watched| job.0.as_ref().map_or(true, |j| submitted(j).is_some());
+                submitted_jobs += list.iter().filter(needs_ring).count();
+            }
+            Err(e) if super::output::is(&e, 404) => {} // no CRD yet, so no jobs
+            Err(e) => return Err(e),
         }
-        Err(e) if super::output::is(&e, 404) => Ok(0), // no CRD yet, so no jobs
-        Err(e) => Err(e),
     }
+    Ok(submitted_jobs)
 }
 
 /// When an unfinished job was submitted, if it was.
@@ -249,7 +254,11 @@ async fn once(ctx: &Context, place: &Place, store: &Store<Watched>) -> Result<()
             };
         }
     };
-    if ring.keys.len() > 1 && ring.retire(ctx.clock.now(), oldest_submitted(store).await) {
+    // Without callbacks keys may stay: jobs that were sent before, and callbacks that are turned on again, may need them.
+    if ctx.external_url.is_some()
+        && ring.keys.len() > 1
+        && ring.retire(ctx.clock.now(), oldest_submitted(store).await)
+    {
         match replace(&secrets, &there, &ring).await {
             Ok(()) => tracing::info!(keys = ring.keys.len(), "noted which keys of the ring are out of use"),
             Err(e) if super::output::is(&e, 409) => return Ok(()), // read again at the next turn

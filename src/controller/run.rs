@@ -3,33 +3,41 @@
 //! The cache holds no payload (see [`super::watched`]), and a reconcile works on a fresh GET. Jobs at rest (finished, or running with nothing new) are
 //! recognised from the cache alone.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
-use backon::ExponentialBuilder;
 use futures::channel::mpsc;
-use futures::{Stream, StreamExt as _, TryStreamExt as _};
+use futures::{FutureExt as _, Stream, StreamExt as _, TryStreamExt as _};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::controller::{self, Action as Requeue, Config};
 use kube::runtime::events::{Event, EventType, Recorder};
 use kube::runtime::reflector::ObjectRef;
+use kube::runtime::utils::Backoff;
 use kube::runtime::{Controller, WatchStreamExt as _, reflector, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
 use rand::RngExt as _;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
-use super::decide::{self, Change, Decision, Observed, Wake};
-use super::memory::{Memory, OutputObject, Send, Stage, after};
-use super::metrics::Metrics;
-use super::observe::{self, Credential};
+use super::census::{self, Census};
+use super::decide::{self, Change, Decision, Gate, Observed, Wake};
+use super::input::Input;
+use super::memory::{Memory, OutputObject, Remote, Send, Stage, Why, after};
+use super::metrics::{By, ByOutcome, ByReason, Metrics};
+use super::observe;
+use super::policy::Policy;
+use super::quota::{self, Asker, Held, Ledger};
+use super::schema_check::{self, SchemaCheck};
 use super::watched::Watched;
-use super::{InputFacts, Timings, act, identity, report};
+use super::{Credential, InputFacts, Timings, act, earlier, identity, namespaces, report};
 use crate::api::conditions::cut;
-use crate::api::{GeminiBatchJob, Reason};
+use crate::api::{DeletionPolicy, GeminiBatchJob, Reason};
 use crate::callback::keyring::KeyRing;
 use crate::clock::Clock;
 use crate::crash;
@@ -45,6 +53,9 @@ const UNREADABLE: &str = "this operator can't read the job: it has fields or val
 
 /// On shutdown, for the work in hand: less than the 30 s that kubelet gives.
 const DRAIN: Duration = Duration::from_secs(20);
+
+/// Before the turn of leadership after one that a defect ended.
+const AFTER_DEFECT: Duration = Duration::from_secs(5);
 
 /// Kubernetes cuts an Event's note at 1 KiB.
 const MAX_NOTE_BYTES: usize = 1024;
@@ -69,14 +80,26 @@ pub struct Context {
     pub concurrency: u16,
     /// The one recorder of Events.
     pub recorder: Recorder,
-    /// The one namespace whose jobs are worked on; all if none.
-    pub namespace: Option<String>,
+    /// The namespaces whose jobs are worked on; all if none is named.
+    pub namespaces: BTreeSet<String>,
     /// What is counted.
     pub metrics: Metrics,
     /// Whether this process may do what only the leader may.
     pub leadership: Leadership,
+    /// What an administrator decided for all jobs.
+    pub policy: Policy,
+    /// Whether the installed definition is as new as the operator.
+    pub schema: SchemaCheck,
     /// Whether all jobs have been listed in this turn of leadership.
     listed: AtomicBool,
+    /// Whether the turn is to end: what is in hand takes no further step.
+    stopping: AtomicBool,
+    /// Who may send next.
+    ledger: Mutex<Ledger>,
+    /// What Gemini has that the cluster may have forgotten.
+    pub census: Census,
+    /// Somebody's turn may have come.
+    pub line_moved: Notify,
     /// What the process remembers of each active job, by UID.
     memories: Mutex<HashMap<String, Memory>>,
     /// Failed calls to the API server in a row, by UID.
@@ -85,6 +108,10 @@ pub struct Context {
     swept: Mutex<HashSet<String>>,
     /// Jobs whose last callback was not acted on to its end, by UID.
     hinted: Mutex<HashSet<String>>,
+    /// Jobs of which it is not known whether they have a batch, by UID.
+    unconfirmed: Mutex<HashSet<String>>,
+    /// Jobs to be worked on although neither they nor Gemini changed, by UID.
+    unsettled: Mutex<HashSet<String>>,
 }
 
 impl Context {
@@ -100,10 +127,12 @@ impl Context {
         timings: Timings,
         max_input_bytes: u64,
         concurrency: u16,
+        max_active: u16,
         recorder: Recorder,
-        namespace: Option<String>,
+        namespaces: BTreeSet<String>,
         metrics: Metrics,
         leadership: Leadership,
+        policy: Policy,
     ) -> Self {
         Self {
             client,
@@ -115,14 +144,22 @@ impl Context {
             max_input_bytes,
             concurrency,
             recorder,
-            namespace,
+            namespaces,
             metrics,
             leadership,
+            policy,
+            schema: SchemaCheck::default(),
             listed: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            ledger: Mutex::new(Ledger::new(usize::from(max_active))),
+            census: Census::default(),
+            line_moved: Notify::new(),
             memories: Mutex::default(),
             failures: Mutex::default(),
             swept: Mutex::default(),
             hinted: Mutex::default(),
+            unconfirmed: Mutex::default(),
+            unsettled: Mutex::default(),
         }
     }
 
@@ -146,7 +183,14 @@ impl Context {
         lock(&self.failures).clear();
         lock(&self.swept).clear();
         lock(&self.hinted).clear();
-        self.metrics.hints_waiting.set(0);
+        lock(&self.unconfirmed).clear();
+        self.metrics.forget();
+        lock(&self.unsettled).clear();
+    }
+
+    /// Who may send next. Held for moments only.
+    pub fn ledger(&self) -> std::sync::MutexGuard<'_, Ledger> {
+        lock(&self.ledger)
     }
 
     /// Counts the jobs whose last callback waits to be acted on.
@@ -158,6 +202,37 @@ impl Context {
             hinted.remove(uid);
         }
         self.metrics.hints_waiting.set(i64::try_from(hinted.len()).unwrap_or(i64::MAX));
+    }
+
+    /// Has the job decided on anew at its next turn, though nothing of it changed.
+    pub fn unsettle(&self, uid: &str) {
+        lock(&self.unsettled).insert(uid.to_owned());
+    }
+
+    /// A Warning in the operator's namespace, where an administrator looks. It is in the log already.
+    /// `related`: what it is about, since Events of one reason about the same objects are one Event with the first note.
+    pub async fn tell_administrator(&self, reason: &str, note: &str, related: Option<ObjectReference>) {
+        let event = Event {
+            type_: EventType::Warning,
+            reason: reason.to_owned(),
+            note: Some(cut(note, MAX_NOTE_BYTES).to_owned()),
+            action: "Reconcile".to_owned(),
+            secondary: related,
+        };
+        if let Err(error) = self.recorder.publish(&event, &self.policy.home).await {
+            tracing::warn!(reason, %error, "an Event in the operator's namespace could not be written");
+        }
+    }
+
+    /// Counts the jobs of which it is not known whether they have a batch.
+    fn note_unconfirmed(&self, uid: &str, is: bool) {
+        let mut unconfirmed = lock(&self.unconfirmed);
+        if is {
+            unconfirmed.insert(uid.to_owned());
+        } else {
+            unconfirmed.remove(uid);
+        }
+        self.metrics.unconfirmed.set(i64::try_from(unconfirmed.len()).unwrap_or(i64::MAX));
     }
 
     /// Has the job look at Gemini at its next turn.
@@ -176,32 +251,27 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 pub async fn run(ctx: Arc<Context>, ring: super::ring::Place, stop: CancellationToken) {
     ctx.forget_all();
     ctx.listed.store(false, Ordering::Relaxed);
-    if let Err(error) = super::ring::reread(&ctx, &ring).await {
+    ctx.stopping.store(false, Ordering::Relaxed);
+    let _ = stop.run_until_cancelled(schema_check::at_start(&ctx)).await;
+    if let Some(Err(error)) = stop.run_until_cancelled(super::ring::reread(&ctx, &ring)).await {
         tracing::error!(%error, "the key ring could not be read again; the one in memory is used");
     }
     let (store, writer) = reflector::store::<Watched>();
     let (poke, poked) = mpsc::unbounded::<ObjectRef<Watched>>();
-    let jobs: Api<Watched> = match &ctx.namespace {
-        None => Api::all(ctx.client.clone()),
-        Some(namespace) => Api::namespaced(ctx.client.clone(), namespace),
-    };
-    let stream = visible(watcher(jobs, watcher::Config::default().page_size(100)).reflect(writer));
-    // Short: after an outage of the API server jobs shall go on soon. One list and one watch are asked for.
-    let pauses = ExponentialBuilder::default()
-        .with_min_delay(Duration::from_millis(500))
-        .with_max_delay(Duration::from_secs(10))
-        .with_jitter()
-        .without_max_times();
-
-    let sweep = tokio::spawn(super::sweep::run(Arc::clone(&ctx), store.clone(), poke, stop.child_token()));
-    let ring =
-        tokio::spawn(super::ring::keep_current(Arc::clone(&ctx), ring, store.clone(), stop.child_token()));
+    let events = namespaces::watch(namespaces::jobs(&ctx.client, &ctx.namespaces)).reflect(writer);
+    let stream = visible(Arc::clone(&ctx), events);
+    let turn = stop.child_token();
+    let mut aside = JoinSet::new();
+    aside.spawn(super::doorman::run(Arc::clone(&ctx), poke.clone(), turn.clone()));
+    aside.spawn(schema_check::keep_current(Arc::clone(&ctx), store.clone(), poke.clone(), turn.clone()));
+    aside.spawn(super::sweep::run(Arc::clone(&ctx), store.clone(), poke, turn.clone()));
+    aside.spawn(super::ring::keep_current(Arc::clone(&ctx), ring, store.clone(), turn.clone()));
     let listed = store.clone();
     let controller = Controller::for_stream(stream, store)
         .with_config(Config::default().concurrency(ctx.concurrency))
-        .trigger_backoff(watcher::ExponentialBackoff::from(pauses))
+        .trigger_backoff(AtOnce) // the watches pause by themselves, and what pokes jobs need not pause with them
         .reconcile_on(poked)
-        .graceful_shutdown_on(stop.clone().cancelled_owned())
+        .graceful_shutdown_on(turn.clone().cancelled_owned())
         .run(reconcile, on_error, Arc::clone(&ctx))
         .for_each(|result| {
             tell(&ctx, result);
@@ -215,7 +285,8 @@ pub async fn run(ctx: Arc<Context>, ring: super::ring::Place, stop: Cancellation
     };
     // Before the first list is there, nothing is in hand, and kube's Controller would wait for it for ever.
     let bounded = async {
-        stop.cancelled().await;
+        turn.cancelled().await;
+        ctx.stopping.store(true, Ordering::Relaxed);
         if ctx.listed.load(Ordering::Relaxed) {
             tokio::time::sleep(DRAIN).await;
             tracing::warn!(
@@ -223,16 +294,54 @@ pub async fn run(ctx: Arc<Context>, ring: super::ring::Place, stop: Cancellation
             );
         }
     };
+    let mut defect = false;
+    // Without one of these tasks jobs would wait for what does not come: the turn ends, and another one begins.
+    let watched = async {
+        while let Some(end) = aside.join_next().await {
+            if end.is_err_and(|e| e.is_panic()) {
+                tracing::error!(
+                    "a task of the controller ended by a panic, which is a defect: it begins anew"
+                );
+                defect = true;
+                turn.cancel();
+            }
+        }
+        std::future::pending::<()>().await;
+    };
     tokio::select! {
         () = controller => {}
         () = listing => {}
         () = bounded => {}
+        () = watched => {}
     }
-    for (task, name) in [(sweep, "the sweep"), (ring, "the upkeep of the key ring")] {
-        if task.await.is_err_and(|e| e.is_panic()) {
-            tracing::error!("{name} ended by a panic");
+    turn.cancel();
+    while let Some(end) = aside.join_next().await {
+        if end.is_err_and(|e| e.is_panic()) {
+            tracing::error!("a task of the controller ended by a panic, which is a defect");
         }
     }
+    // Whoever does not lead needs no API keys in memory, and has no opinion on the definition.
+    ctx.forget_all();
+    schema_check::forget(&ctx);
+    if defect {
+        // It may come again at once, and each turn lists everything.
+        let _ = stop.run_until_cancelled(tokio::time::sleep(AFTER_DEFECT)).await;
+    }
+}
+
+/// No pause at all.
+struct AtOnce;
+
+impl Iterator for AtOnce {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        Some(Duration::ZERO)
+    }
+}
+
+impl Backoff for AtOnce {
+    fn reset(&mut self) {}
 }
 
 /// What the Controller says of one turn. Errors of the watch concern all jobs, and somebody has to know.
@@ -251,11 +360,14 @@ fn tell<T>(ctx: &Context, result: Result<T, controller::Error<Error, watcher::Er
 }
 
 /// Jobs as they become visible in the cache. While a list is being read, the cache shows what was there before
-/// it: a job that was woken then would be judged by its old version, and not be woken again.
+/// it: a job that was woken then would be judged by its old version, and not be woken again. The ledger sees them
+/// first: those that run are counted before any other one is sent.
 fn visible(
+    ctx: Arc<Context>,
     events: impl Stream<Item = watcher::Result<watcher::Event<Watched>>>,
 ) -> impl Stream<Item = watcher::Result<Watched>> {
     let mut listed = Vec::new();
+    let mut first = true;
     events
         .map_ok(move |event| {
             let seen = match event {
@@ -267,9 +379,30 @@ fn visible(
                     listed.push(job);
                     Vec::new()
                 }
-                watcher::Event::InitDone => std::mem::take(&mut listed),
-                watcher::Event::Apply(job) | watcher::Event::Delete(job) => vec![job],
+                watcher::Event::InitDone => {
+                    let readable = listed.iter().filter_map(|job: &Watched| job.0.as_ref().ok());
+                    if std::mem::take(&mut first) {
+                        ctx.census.restart(ctx.leadership.is_first(), readable.clone());
+                        ctx.ledger().restart(readable);
+                    } else {
+                        ctx.ledger().relisted(readable);
+                    }
+                    std::mem::take(&mut listed)
+                }
+                watcher::Event::Apply(job) => {
+                    if let Ok(job) = &job.0 {
+                        ctx.ledger().seen(job);
+                    }
+                    vec![job]
+                }
+                watcher::Event::Delete(job) => {
+                    if let Some(uid) = &job.meta().uid {
+                        forget(&ctx, uid);
+                    }
+                    vec![job]
+                }
             };
+            ctx.line_moved.notify_one();
             futures::stream::iter(seen.into_iter().map(Ok))
         })
         .try_flatten()
@@ -284,26 +417,48 @@ pub enum Error {
     /// The lease was lost in the midst of the work.
     #[error("this controller does not lead any more")]
     NotLeading,
+    /// A defect of the operator: the job is looked at again, as after a restart.
+    #[error("the work on a job ended by a panic, which is a defect of the operator: see the log")]
+    Panicked,
     /// A guard against endless work; a defect of the operator.
     #[error("a job took more than {MAX_STEPS} steps in one go")]
     TooManySteps,
 }
 
 async fn reconcile(cached: Arc<Watched>, ctx: Arc<Context>) -> Result<Requeue, Error> {
+    let begun = ctx.metrics.pass_begins();
+    // A defect that one job brings to light must not end the work on all others. What the process remembered of it is
+    // lost, as after a restart, which the durable state is made for.
+    let guarded = AssertUnwindSafe(pass(Arc::clone(&cached), &ctx)).catch_unwind().await;
+    let result = match guarded {
+        Ok(result) => result,
+        Err(_) => Err(panicked(&ctx, &cached).await),
+    };
+    let told = match &result {
+        Ok(requeue) if *requeue == Requeue::await_change() => "success",
+        Ok(_) => "requeue_after",
+        Err(_) => "error",
+    };
+    ctx.metrics.pass_ended(begun, told);
+    result
+}
+
+async fn pass(cached: Arc<Watched>, ctx: &Arc<Context>) -> Result<Requeue, Error> {
     let cached = match &cached.0 {
         Ok(job) => job,
         Err(unreadable) => {
             let name = unreadable.metadata.name.as_deref().unwrap_or_default();
             let namespace = unreadable.metadata.namespace.as_deref().unwrap_or_default();
             tracing::error!(namespace, job = name, error = unreadable.error, "{UNREADABLE}");
-            publish(&ctx, &cached.object_ref(&()), Reason::Unreadable, UNREADABLE, false).await;
+            publish(ctx, &cached.object_ref(&()), Reason::Unreadable, UNREADABLE, false).await;
             return Ok(Requeue::await_change());
         }
     };
     let Some(uid) = cached.uid() else { return Ok(Requeue::await_change()) };
     ctx.note_hint(&uid, decide::hint_waits(cached));
+    ctx.note_unconfirmed(&uid, decide::is_unconfirmed(cached));
     if at_rest_for_ever(cached) {
-        forget(&ctx, &uid);
+        forget(ctx, &uid);
         return Ok(Requeue::await_change());
     }
     // The controller never works on one job twice at the same time, so its memory can be taken out.
@@ -311,27 +466,38 @@ async fn reconcile(cached: Arc<Watched>, ctx: Arc<Context>) -> Result<Requeue, E
     if lock(&ctx.swept).remove(&uid) {
         memory.looks.swept = true;
     }
-    if let Some(wake) = settled(cached, &memory, ctx.clock.now()) {
+    if lock(&ctx.unsettled).remove(&uid) {
+        memory.settled = None;
+    }
+    let called = ctx.ledger().is_called(&uid);
+    if let Some(wake) = settled(cached, &memory, ctx.clock.now()).filter(|_| !called) {
+        ctx.ledger().idle(&uid);
+        ctx.line_moved.notify_one();
         lock(&ctx.memories).insert(uid, memory);
-        return Ok(requeue(&ctx, wake));
+        return Ok(requeue(ctx, wake));
     }
     memory.settled = None;
-    let result = drive(&ctx, cached, &uid, &mut memory).await;
+    ctx.ledger().begin(&uid);
+    let mut asked = None;
+    let result = drive(ctx, cached, &uid, &mut memory, &mut asked).await;
+    let asked = asked.filter(|_| result.is_ok());
+    ctx.ledger().end(Asker::of(cached).as_ref(), &uid, asked.as_ref().map(|(key, reason)| (&**key, *reason)));
+    ctx.line_moved.notify_one();
     match result {
         Ok(None) => {
-            forget(&ctx, &uid);
+            forget(ctx, &uid);
             Ok(Requeue::await_change())
         }
         Ok(Some((version, wake))) => {
             memory.settled = version.map(|v| (v, wake));
             lock(&ctx.failures).remove(&uid);
             lock(&ctx.memories).insert(uid, memory);
-            Ok(requeue(&ctx, wake))
+            Ok(requeue(ctx, wake))
         }
         // The whole job can't be read, though the cache can hold it without its payload.
         Err(Error::Kubernetes(kube::Error::SerdeError(e))) => {
             lock(&ctx.memories).insert(uid, memory);
-            unreadable(&ctx, cached, &e).await?;
+            unreadable(ctx, cached, &e).await?;
             Ok(Requeue::await_change())
         }
         Err(e) => {
@@ -339,6 +505,30 @@ async fn reconcile(cached: Arc<Watched>, ctx: Arc<Context>) -> Result<Requeue, E
             Err(e)
         }
     }
+}
+
+/// After a panic: says at the job what happened, as far as that is possible, and forgets no more than it must.
+async fn panicked(ctx: &Context, cached: &Watched) -> Error {
+    let Ok(job) = &cached.0 else { return Error::Panicked };
+    let uid = job.uid().unwrap_or_default();
+    lock(&ctx.memories).remove(&uid);
+    // Its slot stays its own: it may have a batch.
+    ctx.ledger().end(Asker::of(job).as_ref(), &uid, None);
+    ctx.line_moved.notify_one();
+    if decide::is_finished(job) {
+        return Error::Panicked;
+    }
+    let problem = super::Problem::new(
+        Reason::InternalError,
+        "the work on this job ended by a defect of the operator, whose log has more: please report it. It is tried again \
+         with growing pauses",
+    );
+    let say = Change::Waiting { problem: problem.clone(), stalled: true, results: None };
+    // Refused if the job has changed since; then it is said the next time.
+    if matches!(report::write_blindly(&ctx.client, job, &say, ctx.clock.now()).await, Ok(true)) {
+        publish(ctx, &job.object_ref(&()), problem.reason, &problem.message, false).await;
+    }
+    Error::Panicked
 }
 
 /// Says what is wrong with a job that can't be read in whole, without reading it.
@@ -364,13 +554,19 @@ fn forget(ctx: &Context, uid: &str) {
     lock(&ctx.memories).remove(uid);
     lock(&ctx.failures).remove(uid);
     lock(&ctx.swept).remove(uid);
+    ctx.ledger().gone(uid);
+    ctx.line_moved.notify_one();
+    lock(&ctx.unsettled).remove(uid);
     ctx.note_hint(uid, false);
+    ctx.note_unconfirmed(uid, false);
 }
 
 /// Finished, cleaned up and looked at in its present generation.
 fn at_rest_for_ever(job: &GeminiBatchJob) -> bool {
     decide::is_finished(job)
         && !decide::has_finalizer(job)
+        && job.spec.ttl_seconds_after_finished.is_none()
+        && job.spec.deletion_policy != Some(DeletionPolicy::Delete)
         && decide::contradicted(job).is_none()
         && job.status.as_ref().and_then(|s| s.observed_generation) == job.metadata.generation
 }
@@ -395,13 +591,67 @@ fn requeue(ctx: &Context, wake: Wake) -> Requeue {
     }
 }
 
+/// Whether a new batch may be asked for now, as far as others than the job are concerned: the one place that says so.
+fn gate(ctx: &Context, job: &GeminiBatchJob, key: Option<&str>, now: Timestamp) -> Gate {
+    if let Some(problem) = ctx.schema.problem() {
+        return Gate::Closed { problem, wake: Wake::OnChange }; // the check wakes all that wait
+    }
+    if ctx.policy.pause_submissions {
+        let problem = super::Problem::new(
+            Reason::SubmissionsPaused,
+            "an administrator has paused submissions; the job is submitted when they go on",
+        );
+        return Gate::Closed { problem, wake: Wake::OnChange }; // it takes a restart to change
+    }
+    match ctx.policy.refuses(job) {
+        Some(problem) => Gate::Closed { problem, wake: Wake::OnChange },
+        None => turn(ctx, job, key, now),
+    }
+}
+
+/// The API key that the job may use now.
+fn usable_key(
+    ctx: &Context,
+    job: &GeminiBatchJob,
+    memory: &Memory,
+    read: &Result<Arc<Credential>, super::Problem>,
+) -> Result<Arc<Credential>, super::Problem> {
+    match read {
+        Ok(key) => {
+            let only_to_submit = decide::only_to_submit(job, memory);
+            ctx.policy
+                .withholds(job, &key.fingerprint, only_to_submit)
+                .map_or_else(|| Ok(Arc::clone(key)), Err)
+        }
+        // When a namespace is deleted, the Secret goes before the job. For what has ended nothing is held up.
+        Err(problem) => match &memory.kept_key {
+            Some(kept)
+                if job.metadata.deletion_timestamp.is_some()
+                    && !decide::is_finished(job)
+                    && sent_with(job, kept) =>
+            {
+                Ok(Arc::clone(kept))
+            }
+            _ => Err(problem.clone()),
+        },
+    }
+}
+
+/// Whether something that was sent with this key is, or may be, at Gemini.
+fn sent_with(job: &GeminiBatchJob, key: &Credential) -> bool {
+    let live = decide::current_attempt(job).filter(|a| a.refusal.is_none() && a.outcome.is_none());
+    !decide::is_finished(job) && live.is_some_and(|a| a.credential_fingerprint == key.fingerprint)
+}
+
 /// Takes steps until nothing is left to do now. `None`: nothing is left to do ever. Otherwise the version
-/// of the job that was left behind, and when to come again.
+/// of the job that was left behind, and when to come again. `asked`: with which key it asked to be sent, and why
+/// it has to wait.
 async fn drive(
     ctx: &Context,
     cached: &GeminiBatchJob,
     uid: &str,
     memory: &mut Memory,
+    asked: &mut Option<(String, Reason)>,
 ) -> Result<Option<(Option<String>, Wake)>, Error> {
     let jobs: Api<GeminiBatchJob> =
         Api::namespaced(ctx.client.clone(), &cached.namespace().unwrap_or_default());
@@ -412,26 +662,49 @@ async fn drive(
     let ring = ctx.ring();
     // Read once a turn: each is asked for in several steps. But anew for a spec that was edited meanwhile:
     // what is sent must be what the job says when the intent is recorded.
-    let mut credential: Option<Result<Credential, super::Problem>> = None;
+    let mut credential: Option<Result<Arc<Credential>, super::Problem>> = None;
     let mut input = None;
     let mut read_for = job.metadata.generation;
 
     for _ in 0..MAX_STEPS {
+        memory.is_about(decide::attempt_at_hand(&job));
         if job.metadata.generation != read_for {
             (credential, input, read_for) = (None, None, job.metadata.generation);
         }
         if credential.is_none() && decide::needs_credential(&job) {
-            credential = Some(observe::credential(&ctx.client, &ring, &job).await?);
+            let read = observe::credential(&ctx.client, &ring, &ctx.policy, &job).await?;
+            credential = Some(read.map(Arc::new));
+        }
+        let key = credential.as_ref().map(|read| usable_key(ctx, &job, memory, read));
+        match &key {
+            Some(Ok(key)) if sent_with(&job, key) => memory.kept_key = Some(Arc::clone(key)),
+            Some(Ok(_)) => memory.kept_key = None,
+            _ => {}
         }
         if input.is_none() && decide::needs_input(&job, memory) {
-            input = Some(observe::input(&ctx.client, &job, ctx.max_input_bytes).await?);
+            input = Some(read_input(ctx, &job, key.as_ref()).await?);
         }
         let fresh_send_id = identity::new_send_id();
         let now = ctx.clock.now();
+        let over = matches!(&memory.remote, Some(Remote::Seen(batch)) if batch.is_terminal());
+        ctx.ledger().note(&job, over);
+        let usable = key.as_ref().and_then(|k| k.as_deref().ok());
+        let fingerprint = usable.map(|c| c.fingerprint.as_str());
+        // What the cluster may have forgotten is looked for even if nothing may be sent: it is running.
+        let mut unlisted = None;
+        if let Some(credential) = usable.filter(|key| !ctx.census.is_taken(&key.fingerprint))
+            && ctx.census.is_candidate(uid)
+            && job.metadata.deletion_timestamp.is_none()
+            && decide::current_attempt(&job).is_none_or(|a| a.batch_name.is_none() || a.outcome.is_some())
+        {
+            unlisted = census::take(ctx, credential, &job).await.err();
+        }
+        let gate = gate(ctx, &job, fingerprint, now);
+        memory.found = fingerprint.map_or_else(Vec::new, |key| ctx.census.found(key, uid));
         let decision = decide::decide(
             &Observed {
                 job: &job,
-                credential: match &credential {
+                credential: match &key {
                     Some(Ok(c)) => Ok(c.fingerprint.clone()),
                     Some(Err(problem)) => Err(problem.clone()),
                     None => Ok(String::new()), // not needed: see `needs_credential`
@@ -439,11 +712,14 @@ async fn drive(
                 input: input.as_ref().map(|i: &Result<super::input::Input, _>| match i {
                     Ok(input) => Ok(InputFacts {
                         sha256: input.sha256.clone(),
+                        whole_sha256: input.whole_sha256.clone(),
                         count: i64::try_from(input.keys.len()).unwrap_or(i64::MAX),
+                        bytes: i64::try_from(input.bytes.len()).unwrap_or(i64::MAX),
                     }),
                     Err(problem) => Err(problem.clone()),
                 }),
                 memory,
+                gate: &gate,
                 cluster: &ring.cluster_id,
                 fresh_send_id: &fresh_send_id,
                 timings: &ctx.timings,
@@ -463,13 +739,23 @@ async fn drive(
         if !ctx.leadership.holds() {
             return Err(Error::NotLeading);
         }
+        // What was done is still recorded. But nothing is begun any more: others wait for the lease. What was uploaded
+        // is sent, though: else the next one could not tell whether it was.
+        let begins = match &decision {
+            Decision::Act(action) => !matches!(action, decide::Action::CreateBatch { .. }),
+            Decision::Record(change) => matches!(**change, Change::Intent(_)),
+            _ => false,
+        };
+        if begins && ctx.stopping.load(Ordering::Relaxed) {
+            return Ok(Some((None, Wake::OnChange)));
+        }
         match decision {
             Decision::Act(action) => {
                 let step = act::Step {
                     ctx,
                     job: &job,
                     ring: &ring,
-                    credential: credential.as_ref().and_then(|c| c.as_ref().ok()),
+                    credential: usable,
                     input: input.as_ref().and_then(|i| i.as_ref().ok()),
                 };
                 let long =
@@ -482,10 +768,27 @@ async fn drive(
                     job = there;
                 }
             }
+            // Never before it is known what Gemini has.
+            Decision::Record(change)
+                if matches!(*change, Change::Intent(_))
+                    && fingerprint.is_some_and(|key| !ctx.census.is_taken(key)) =>
+            {
+                memory.trouble = match (unlisted, usable) {
+                    (None, Some(credential)) => census::take(ctx, credential, &job).await.err(),
+                    (unlisted, _) => unlisted,
+                };
+            }
+            // Others may have been faster since the gate was seen open.
+            Decision::Record(change)
+                if matches!(*change, Change::Intent(_)) && !claim(ctx, &job, fingerprint, now) => {}
             Decision::Record(change) => match record(ctx, &job, &change, now).await {
                 Ok(written) => {
                     crash::at("after", step_name);
+                    count_end(ctx, &change, &job, memory);
                     remember(ctx, &change, &ring, uid, memory);
+                    if matches!(*change, Change::AttemptEnded(_) | Change::Adopted { .. }) {
+                        input = None; // of another attempt
+                    }
                     if matches!(*change, Change::DropFinalizer { .. }) {
                         return Ok(None);
                     }
@@ -498,7 +801,13 @@ async fn drive(
                 Err(e) => return Err(e.into()),
             },
             Decision::Wait { say, wake } => {
-                let wake = recheck_time(ctx, wake, now);
+                let wake = match say.as_deref() {
+                    Some(say) if waits_for_administrator(ctx, &job, say) => Wake::OnChange,
+                    _ => recheck_time(ctx, wake, now),
+                };
+                *asked = fingerprint
+                    .zip(held_by(&gate, say.as_deref()))
+                    .map(|(key, reason)| (key.to_owned(), reason));
                 let Some(say) = say else { return Ok(Some((job.resource_version(), wake))) };
                 match record(ctx, &job, &say, now).await {
                     Ok(written) => return Ok(Some((written.resource_version(), wake))),
@@ -513,6 +822,69 @@ async fn drive(
         }
     }
     Err(Error::TooManySteps)
+}
+
+/// What the next attempt carries: all requests, or those without a result.
+async fn read_input(
+    ctx: &Context,
+    job: &GeminiBatchJob,
+    key: Option<&Result<Arc<Credential>, super::Problem>>,
+) -> Result<Result<Input, super::Problem>, kube::Error> {
+    let whole = match observe::input(&ctx.client, job, ctx.max_input_bytes).await? {
+        Ok(whole) => whole,
+        Err(problem) => return Ok(Err(problem)),
+    };
+    match key {
+        Some(Ok(key)) => earlier::without_answered(ctx, job, &key.key, whole).await,
+        // That is said before the input counts.
+        _ => Ok(Ok(whole)),
+    }
+}
+
+/// Whether it is the job's turn among those that share its API key.
+fn turn(ctx: &Context, job: &GeminiBatchJob, key: Option<&str>, now: Timestamp) -> Gate {
+    let (Some(key), Some(asker)) = (key, Asker::of(job)) else { return Gate::Open };
+    let ledger = ctx.ledger();
+    let Err(held) = ledger.may_send(&asker, key, now) else { return Gate::Open };
+    let problem = quota::problem(job, key, held, ledger.limit());
+    // It is woken when its turn comes. Its Secret is not watched, and may hold another key by then. That is no matter of
+    // a minute, which is what a sweep is without callbacks: each look may read large inputs and earlier results.
+    let sweeps = if ctx.external_url.is_some() { 1 } else { 10 };
+    let pause = ctx.timings.sweep.as_millis().saturating_mul(sweeps);
+    let pause = rand::rng().random_range(pause..=pause.saturating_mul(2).max(1));
+    let pause = SignedDuration::from_millis(i64::try_from(pause).unwrap_or(i64::MAX));
+    let wake = match held {
+        // Nobody calls a job that has its slot already.
+        Held::Quota { until } if ledger.has_slot(job.metadata.uid.as_deref().unwrap_or_default(), key) => {
+            until.max(after(now, ctx.timings.recheck))
+        }
+        _ => after(now, pause),
+    };
+    Gate::Closed { problem, wake: Wake::At(wake) }
+}
+
+/// Takes a slot for the job, if there still is one for it.
+fn claim(ctx: &Context, job: &GeminiBatchJob, key: Option<&str>, now: Timestamp) -> bool {
+    let (Some(key), Some(asker)) = (key, Asker::of(job)) else { return true };
+    ctx.ledger().claim(&asker, key, now).is_ok()
+}
+
+/// Why the job waits, if it is the gate that it waits at.
+fn held_by(gate: &Gate, say: Option<&Change>) -> Option<Reason> {
+    match (gate, say) {
+        (Gate::Closed { .. }, Some(Change::Waiting { problem, stalled: false, .. })) => {
+            quota::REASONS.contains(&problem.reason).then_some(problem.reason)
+        }
+        _ => None,
+    }
+}
+
+/// Whether all that a job waits for is that somebody edits it, or starts the operator with another list of namespaces:
+/// there is no sense in looking again before.
+fn waits_for_administrator(ctx: &Context, job: &GeminiBatchJob, say: &Change) -> bool {
+    let credentials =
+        matches!(say, Change::Waiting { problem, .. } if problem.reason == Reason::CredentialsNotFound);
+    credentials && decide::current_attempt(job).is_none() && ctx.policy.refuses(job).is_some()
 }
 
 /// Spread out, so that many jobs with the same trouble do not come at once.
@@ -535,7 +907,21 @@ async fn record(
     change: &Change,
     now: Timestamp,
 ) -> Result<GeminiBatchJob, kube::Error> {
+    let orphan = match change {
+        Change::DropFinalizer { event: Some(p) } if p.reason == Reason::Orphaned => Some(&p.message),
+        _ => None,
+    };
+    if let Some(message) = orphan {
+        // Before the job goes: nobody could tell it afterwards. And not only at the job, which may be in a namespace where
+        // no Event can be created any more.
+        let (namespace, name) = (job.namespace().unwrap_or_default(), job.name_any());
+        let attempt = decide::current_attempt(job).map(|a| a.number);
+        tracing::error!(target: "audit", namespace, job = name, uid = job.uid(), attempt, message, "orphaned");
+        let note = format!("GeminiBatchJob {namespace}/{name}: {message}");
+        ctx.tell_administrator(Reason::Orphaned.as_str(), &note, Some(job.object_ref(&()))).await;
+    }
     let written = report::write(&ctx.client, job, change, now).await?;
+    ctx.metrics.orphaned.inc_by(u64::from(orphan.is_some()));
     // The removal of the last finalizer of a deleted job comes back with the old version, since it deletes.
     let removed = matches!(change, Change::DropFinalizer { .. });
     if written.resource_version() == job.resource_version() && !removed {
@@ -556,7 +942,13 @@ async fn record(
 }
 
 /// An Event that can't be written must not stop the job: the condition says the same.
-async fn publish(ctx: &Context, about: &ObjectReference, reason: Reason, message: &str, normal: bool) {
+pub(super) async fn publish(
+    ctx: &Context,
+    about: &ObjectReference,
+    reason: Reason,
+    message: &str,
+    normal: bool,
+) {
     let event = Event {
         type_: if normal { EventType::Normal } else { EventType::Warning },
         reason: reason.as_str().to_owned(),
@@ -583,7 +975,17 @@ fn remember(ctx: &Context, change: &Change, ring: &KeyRing, uid: &str, memory: &
             memory.send = Some(Send { send_id: attempt.send_id.clone(), stage });
             memory.probe = None;
         }
-        Change::Refused(_) | Change::Submitted { .. } => memory.send = None,
+        Change::Refused(_) => memory.send = None,
+        Change::Submitted { adopted, .. } => {
+            ctx.metrics.adopted.inc_by(u64::from(*adopted));
+            memory.send = None;
+        }
+        Change::Adopted { batch, .. } => {
+            ctx.metrics.adopted.inc();
+            memory.send = None;
+            // Its callback may have come and gone.
+            memory.looks.swept |= batch.is_terminal();
+        }
         Change::Contradicted { .. } => {
             ctx.metrics.contradictions.inc();
             memory.looks.recorded();
@@ -599,13 +1001,55 @@ fn remember(ctx: &Context, change: &Change, ring: &KeyRing, uid: &str, memory: &
             memory.output = OutputObject::Unknown;
             memory.remote = None;
         }
+        // The next attempt begins with nothing but what is in the status.
+        Change::AttemptEnded(end) => {
+            ctx.metrics.hints_observed.inc_by(u64::from(end.hint.is_some()));
+            *memory = Memory::default();
+        }
         Change::AddFinalizer
+        | Change::Imported { .. }
+        | Change::Suspended
+        | Change::Validated { .. }
+        | Change::Cancelling { .. }
         | Change::DropFinalizer { .. }
         | Change::InputFile { .. }
+        | Change::Fencing
         | Change::Waiting { .. }
         | Change::Running { .. }
         | Change::Refresh => {}
     }
+}
+
+/// Counts how the end of a job was learned.
+fn count_end(ctx: &Context, change: &Change, before: &GeminiBatchJob, memory: &Memory) {
+    let attempt = decide::current_attempt(before);
+    if let Change::Finished(end) = change {
+        let metrics = &ctx.metrics;
+        metrics.finished.get_or_create(&ByReason { reason: end.reason.as_str() }).inc();
+        if let Some(created) = &before.metadata.creation_timestamp {
+            metrics.duration.observe(ctx.clock.now().duration_since(created.0).as_secs_f64().max(0.0));
+        }
+        if let Some(usage) = &end.results.usage {
+            metrics.count_tokens(&before.spec.model, usage);
+        }
+        let counts = end.results.requests.unwrap_or_default();
+        for (outcome, n) in [("succeeded", counts.succeeded), ("failed", counts.failed)] {
+            metrics.requests.get_or_create(&ByOutcome { outcome }).inc_by(u64::try_from(n).unwrap_or(0));
+        }
+    }
+    let by = match change {
+        Change::Finished(_) if attempt.is_some_and(|a| a.cancellation.is_some()) => "cancellation",
+        Change::Finished(_) => match memory.looks.why {
+            Why::Callback => "callback",
+            Why::Sweep => "sweep",
+            Why::Other => "other",
+        },
+        Change::DropFinalizer { .. } if memory.cleanup.cancelled && !decide::is_finished(before) => {
+            "cancellation"
+        }
+        _ => return,
+    };
+    ctx.metrics.ends_learned.get_or_create(&By { by }).inc();
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "the signature is the Controller's")]
@@ -617,10 +1061,14 @@ fn on_error(object: Arc<Watched>, error: &Error, ctx: Arc<Context>) -> Requeue {
         *n = n.saturating_add(1);
         *n
     };
+    ctx.schema.suspect(error);
     let pause = act::backoff(ctx.timings.trouble_first, ctx.timings.trouble_longest, failures);
+    let attempt = object.0.as_ref().ok().and_then(decide::current_attempt).map(|a| a.number);
     tracing::warn!(
         namespace = object.meta().namespace,
         job = object.meta().name,
+        uid = object.meta().uid,
+        attempt,
         failures,
         error = %error,
         "a job could not be worked on; it is tried again"

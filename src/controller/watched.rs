@@ -9,8 +9,9 @@ use std::borrow::Cow;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference, Time};
 use kube::Resource;
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::api::{GeminiBatchJob, GeminiBatchJobStatus};
 
@@ -43,10 +44,14 @@ struct Metadata {
     owner_references: Option<Vec<OwnerReference>>,
 }
 
+/// The spec without its payload.
 #[derive(Deserialize)]
 struct Spec {
-    model: Option<String>,
-    credentials: Option<Value>,
+    #[serde(default)]
+    #[expect(dead_code, reason = "named, so that it is skipped unread")]
+    input: IgnoredAny,
+    #[serde(flatten)]
+    rest: serde_json::Map<String, Value>,
 }
 
 impl<'de> Deserialize<'de> for Watched {
@@ -72,8 +77,7 @@ impl<'de> Deserialize<'de> for Watched {
             owner_references: m.owner_references,
             ..ObjectMeta::default()
         };
-        let spec = spec
-            .map_or(Value::Null, |s| json!({"model": s.model, "credentials": s.credentials, "input": {}}));
+        let spec = spec.map_or(Value::Null, |s| Value::Object(s.rest));
         let read = || -> Result<GeminiBatchJob, serde_json::Error> {
             let mut job = GeminiBatchJob::new("", serde_json::from_value(spec)?);
             job.status = serde_json::from_value::<Option<GeminiBatchJobStatus>>(status)?;
@@ -143,8 +147,8 @@ mod tests {
             let watched: Watched = serde_json::from_str(&nested(depth)).unwrap();
             let job = watched.0.unwrap();
             assert_eq!((job.metadata.name.as_deref(), job.spec.model.as_str()), (Some("j"), "m"));
-            assert_eq!(job.spec.credentials.secret_ref.key, "apiKey");
-            assert!(job.spec.input.requests.is_none() && job.metadata.annotations.is_none());
+            assert_eq!(job.spec.credentials.unwrap().secret_ref.key, "apiKey");
+            assert!(job.spec.input.is_none() && job.metadata.annotations.is_none());
             assert_eq!(job.status.unwrap().observed_generation, Some(-1));
         }
         let list = format!(r#"{{"kind":"L","apiVersion":"v","metadata":{{}},"items":[{}]}}"#, nested(5000));

@@ -84,6 +84,12 @@ impl Error {
         Self::local("there is no API key")
     }
 
+    /// What was asked for exists, and is not for whoever asks: told like something that does not exist.
+    #[must_use]
+    pub fn not_theirs() -> Self {
+        Self { code: Some(404), status: Some("NOT_FOUND"), ..Self::local("it does not belong to this job") }
+    }
+
     /// A transport error, without the URL it happened at.
     pub(super) fn transport(error: reqwest::Error) -> Self {
         let kind = if error.is_timeout() {

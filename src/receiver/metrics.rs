@@ -82,11 +82,46 @@ impl Default for Metrics {
     }
 }
 
+/// What alerts ask for, with the scheme that each is counted under.
+const FROM_THE_START: [(&str, &str); 23] = [
+    ("header_missing", "none"),
+    ("header_repeated", "none"),
+    ("id_invalid", "none"),
+    ("timestamp_invalid", "none"),
+    ("too_old", "none"),
+    ("too_new", "none"),
+    ("no_signature", "none"),
+    ("scheme_not_accepted", "none"),
+    ("no_key", "none"),
+    ("bad_signature", "none"),
+    ("jwt_malformed", "none"),
+    ("jwt_algorithm", "none"),
+    ("jwt_crit", "none"),
+    ("jwt_unknown_key", "none"),
+    ("jwt_claim", "none"),
+    ("jwt_expired", "none"),
+    ("jwt_not_yet_valid", "none"),
+    ("jwt_audience", "none"),
+    ("no_keyring", "none"),
+    ("no_keys", "none"),
+    ("timed_out", "none"),
+    ("write_failed", "v1a"),
+    ("write_failed", "jwt"),
+];
+
 impl Metrics {
+    /// A counter that is born with its first event shows no increase for it.
+    fn begin_at_zero(&self) {
+        for (outcome, scheme) in FROM_THE_START {
+            self.callbacks.get_or_create(&Delivered { outcome, scheme }).inc_by(0);
+        }
+    }
+
     /// Registers everything. The registry brings the prefix, `gemini_batch`.
     #[must_use]
     pub fn register(registry: &mut Registry) -> Self {
         let m = Self::default();
+        m.begin_at_zero();
         registry.register(
             "callbacks",
             "Requests to the callback route, by what became of them and how they were signed",

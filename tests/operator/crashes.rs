@@ -64,6 +64,58 @@ at! {
     after_the_finalizer_went: survives("after:DropFinalizer"),
 }
 
+// ------------------------------------------------------------------------------------------ defects
+
+/// A defect that one job brings to light costs it a look as after a restart, and no other job anything.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_panic_over_one_job_ends_neither_the_process_nor_the_others() {
+    for at in ["before:UploadInput", "after:CreateBatch", "after:Collect"] {
+        let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=1"]).await;
+        let mut process = env.spawn_panicking(at);
+        for name in ["one", "two"] {
+            env.create(name, spec(&["x"], Some(name))).await;
+        }
+        for name in ["one", "two"] {
+            assert_eq!(state(&env.cleaned(name).await), "Succeeded", "{at}");
+        }
+        assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (2, 2), "{at}");
+        let log = process.log();
+        assert!(
+            log.contains("as a test wanted it") && log.contains("a defect of the operator"),
+            "{at}: {log}"
+        );
+        assert!(process.runs(), "{at}: {log}");
+    }
+}
+
+/// One that comes each time is said at the job, and tried less and less often.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_panics_each_time_says_so_and_holds_no_other_one_up() {
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=1"]).await;
+    let mut process = env.spawn_panicking("before:ReserveOutput@*");
+    env.create("poison", spec(&["x"], Some("out"))).await;
+    let job = env.stalled("poison", "InternalError").await;
+    assert!(ready(&job).2.contains("report it"), "{:?}", ready(&job));
+    env.create("other", spec(&["x"], None)).await;
+    assert_eq!(state(&env.cleaned("other").await), "Succeeded");
+    assert_eq!(env.count(Op::BatchCreate), 1, "{}", process.log());
+    assert!(process.runs());
+}
+
+/// Without the sweep jobs would wait for what does not come: the turn of leadership ends, and another one begins.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_panic_of_the_sweep_is_mended_by_a_turn_of_its_own() {
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=1"]).await;
+    env.sim.set(Switches { lose_events: true, ..Switches::default() });
+    let mut process = env.spawn_panicking("begin:Sweep");
+    env.create("job", spec(&["x"], None)).await;
+    assert_eq!(state(&env.cleaned("job").await), "Succeeded", "no callback comes: the sweep finds it");
+    assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (1, 1));
+    let log = process.log();
+    assert!(log.contains("a task of the controller ended by a panic"), "{log}");
+    assert!(process.runs(), "{log}");
+}
+
 // ------------------------------------------------------------------------ the steps of a restart
 
 /// Dies twice: at a step of the submission, and at one of the restart after it.

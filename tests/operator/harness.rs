@@ -46,7 +46,7 @@ impl Drop for Cluster {
 }
 
 /// The one that most tests share. It ends when this process does.
-fn shared_cluster() -> Arc<Cluster> {
+pub fn shared_cluster() -> Arc<Cluster> {
     static CLUSTER: OnceLock<Arc<Cluster>> = OnceLock::new();
     Arc::clone(CLUSTER.get_or_init(|| Arc::new(Cluster::start())))
 }
@@ -127,7 +127,7 @@ pub async fn kube_config(path: &Path) -> kube::Config {
     kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.unwrap()
 }
 
-/// An operator as a process of its own.
+/// An operator, or another program, as a process of its own.
 pub struct Process {
     child: Child,
     pub log: PathBuf,
@@ -147,9 +147,14 @@ impl Process {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;
             }
-            assert!(start.elapsed() < PATIENCE, "the operator did not end: {}", self.log());
+            assert!(start.elapsed() < PATIENCE, "the process did not end: {}", self.log());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Whether it has not ended.
+    pub fn runs(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
     }
 
     /// Its process id.
@@ -195,6 +200,7 @@ pub fn timings() -> Timings {
         trouble_first: SignedDuration::from_millis(100),
         trouble_longest: SignedDuration::from_secs(1),
         gone_after: SignedDuration::from_secs(1),
+        cancel_pauses: quick(&[100, 300, 600]),
         ..Timings::default()
     }
 }
@@ -234,6 +240,9 @@ impl Env {
             format!("--lease-seconds={}", 15 * scale),
             format!("--lease-renew-deadline-seconds={}", 10 * scale),
             format!("--lease-retry-seconds={}", 2 * scale),
+            // The same goes for a create, and the grace is longer than both.
+            format!("--create-timeout-seconds={}", 180 * scale),
+            format!("--resend-grace-seconds={}", 600 * scale),
         ];
         let more = [origin.as_str(), factor.as_str()].into_iter().chain(lease.iter().map(String::as_str));
         let extra: Vec<&str> = extra.iter().copied().chain(more).collect();
@@ -262,7 +271,7 @@ impl Env {
             "gemini-batch-operator",
             "run",
             &format!("--namespace={0}", self.namespace),
-            &format!("--watch-namespace={0}", self.namespace),
+            &format!("--watch-namespaces={0}", self.namespace),
             "--cluster-id=test",
             &format!("--gemini-base-url={}", self.sim.base_url()),
             "--allow-insecure-upstream",
@@ -314,6 +323,21 @@ impl Env {
         flags: &[&str],
         without: &[&str],
     ) -> Process {
+        self.spawn_at(kubeconfig, crash_at.map(|at| ("GBO_CRASH_AT", at)), flags, without)
+    }
+
+    /// One that panics at that step.
+    pub fn spawn_panicking(&self, at: &str) -> Process {
+        self.spawn_at(&self.cluster.kubeconfig, Some(("GBO_PANIC_AT", at)), &[], &[])
+    }
+
+    fn spawn_at(
+        &self,
+        kubeconfig: &Path,
+        point: Option<(&str, &str)>,
+        flags: &[&str],
+        without: &[&str],
+    ) -> Process {
         let name = |flag: &str| flag.split('=').next().unwrap_or_default().to_owned();
         let mut args = self.args().split_off(1);
         args.retain(|arg| !flags.iter().chain(without).any(|flag| name(flag) == name(arg)));
@@ -326,9 +350,7 @@ impl Env {
             .env("KUBECONFIG", kubeconfig)
             .env_remove("GBO_CRASH_AT")
             .stderr(std::fs::File::create(&log).unwrap());
-        if let Some(at) = crash_at {
-            command.env("GBO_CRASH_AT", at);
-        }
+        command.envs(point);
         Process { child: command.spawn().unwrap(), log }
     }
 
@@ -360,6 +382,29 @@ impl Env {
             entry["user"]["as"] = json!(user);
         }
         self.file(&format!("{}.kubeconfig", rand_suffix()), &config.to_string())
+    }
+
+    /// The same kubeconfig with the test's namespace as the current one.
+    pub fn current_here(&self, kubeconfig: &Path) -> PathBuf {
+        let config = std::fs::read_to_string(kubeconfig).unwrap();
+        let mut config: Value = serde_yaml::from_str(&config).unwrap();
+        for entry in config["contexts"].as_array_mut().unwrap() {
+            entry["context"]["namespace"] = json!(self.namespace);
+        }
+        self.file(&format!("{}.kubeconfig", rand_suffix()), &config.to_string())
+    }
+
+    /// Starts another program on the cluster of this kubeconfig. What it says on stderr is its log.
+    pub fn start(&self, program: &Path, args: &[&str], kubeconfig: &Path) -> Process {
+        let log = self.dir.path().join(format!("program-{}.log", rand_suffix()));
+        let child = Command::new(program)
+            .args(args)
+            .env("KUBECONFIG", kubeconfig)
+            .stdout(Stdio::null())
+            .stderr(std::fs::File::create(&log).unwrap())
+            .spawn()
+            .unwrap_or_else(|e| panic!("{} can't be started: {e}", program.display()));
+        Process { child, log }
     }
 
     /// A file of the test's own.
@@ -467,6 +512,15 @@ impl Env {
         reqwest::get(url).await.unwrap().text().await.unwrap()
     }
 
+    /// Until Gemini was asked for this so often.
+    pub async fn until_asked(&self, op: Op, times: usize) {
+        let start = Instant::now();
+        while self.count(op) < times {
+            assert!(start.elapsed() < PATIENCE, "{} of {times} requests {op:?}", self.count(op));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
     pub fn count(&self, op: Op) -> usize {
         self.ops().into_iter().filter(|o| *o == op).count()
     }
@@ -526,17 +580,11 @@ pub fn kubectl(env: &Env, args: &[&str]) -> Result<String, String> {
 
 /// Runs a script that calls kubectl, as a user whose current context is the test's namespace.
 pub fn script_in(env: &Env, script: &str, args: &[&str]) -> std::process::Output {
-    let config = env.dir.path().join("kubeconfig");
-    std::fs::copy(&env.cluster.kubeconfig, &config).unwrap();
-    let kubectl = env.cluster.binary.with_file_name("kubectl");
-    let namespace = format!("--namespace={}", env.namespace);
-    let current = ["config", "set-context", "--current", &namespace];
-    let set = Command::new(&kubectl).args(current).env("KUBECONFIG", &config).output().unwrap();
-    assert!(set.status.success(), "{}", String::from_utf8_lossy(&set.stderr));
     let others = std::env::var_os("PATH").unwrap_or_default();
-    let mut path = vec![kubectl.parent().unwrap().to_owned()];
+    let mut path = vec![env.cluster.binary.parent().unwrap().to_owned()];
     path.extend(std::env::split_paths(&others));
     let path = std::env::join_paths(path).unwrap();
+    let config = env.current_here(&env.cluster.kubeconfig);
     Command::new(script).args(args).env("KUBECONFIG", &config).env("PATH", path).output().unwrap()
 }
 

@@ -3,9 +3,9 @@
 use gemini_batch_operator::api::conditions;
 use gemini_simulator::Config;
 use kube::api::DeleteParams;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::harness::{Env, condition, kubectl, script_in, spec, state};
+use crate::harness::{Env, condition, kubectl, ready, script_in, spec, state};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn wait_get_and_describe_say_what_a_user_expects() {
@@ -150,12 +150,13 @@ async fn wait_and_read_says_where_the_results_are() {
     env.create("kept", spec(&["one"], None)).await;
     env.create("failed", spec(&["[[sim:job=fail]]"], Some("none"))).await;
     let kept = env.finished("kept").await.status.unwrap().output.unwrap().file_name.unwrap();
-    let wait_and_read = |job: &str| {
+    let within = |timeout: &str, job: &str| {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/wait-and-read.sh");
-        let out = script_in(&env, script, &[job, "60s"]);
+        let out = script_in(&env, script, &[job, timeout]);
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
         (out.status.code().unwrap(), text(out.stdout), text(out.stderr))
     };
+    let wait_and_read = |job: &str| within("60s", job);
     let (code, said, _) = wait_and_read("stored");
     assert_eq!((code, said.lines().count()), (0, 2), "{said}");
     let (code, said, error) = wait_and_read("kept");
@@ -165,4 +166,24 @@ async fn wait_and_read_says_where_the_results_are() {
     assert_eq!((code, said.as_str()), (1, ""), "{error}");
     let (_, _, message) = condition(&env.finished("failed").await, conditions::FAILED).unwrap();
     assert!(error.contains(&message), "{error}");
+
+    env.create("running", spec(&["[[sim:job=stall]]"], None)).await;
+    env.until("running", "running", |j| state(j) == "Running").await;
+    let (code, said, error) = within("1s", "running");
+    assert_eq!((code, said.as_str()), (2, ""), "{error}");
+    let (_, _, message) = ready(&env.jobs().get("running").await.unwrap());
+    assert!(error.contains(&message), "{error}");
+    let (code, said, _) = within("1s", "not-there");
+    assert_eq!((code, said.as_str()), (2, ""));
+
+    // It may be there first.
+    let job = json!({"apiVersion": "geminibatch.dev/v1alpha1", "kind": "GeminiBatchJob",
+        "metadata": {"name": "late"}, "spec": spec(&["one"], Some("late"))});
+    let job = env.file("late.json", &job.to_string());
+    let (code, said, error) = std::thread::scope(|scope| {
+        let script = scope.spawn(|| wait_and_read("late"));
+        kubectl(&env, &["create", "-f", job.to_str().unwrap()]).unwrap();
+        script.join().unwrap()
+    });
+    assert_eq!((code, said.lines().count()), (0, 1), "{error}");
 }

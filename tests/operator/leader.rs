@@ -1,7 +1,7 @@
 //! Two controllers, of which one works.
 
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use gemini_simulator::{Config, Effect, Fault, Op};
 use k8s_openapi::api::coordination::v1::Lease;
@@ -52,7 +52,8 @@ async fn when_the_leader_is_killed_the_other_one_goes_on() {
     let start = Instant::now();
     env.create("after", spec(&["x"], None)).await;
     assert_eq!(state(&env.cleaned("after").await), "Succeeded");
-    println!("taken over and finished after {:.1} s", start.elapsed().as_secs_f64());
+    // A lease of 15 s, judged from its last renewal, and looks 2 s apart.
+    assert!(start.elapsed() < Duration::from_secs(30), "taken over and finished after {:?}", start.elapsed());
     let lease = leases(&env).get(LEASE).await.unwrap().spec.unwrap();
     assert_eq!((lease.holder_identity.as_deref(), lease.lease_transitions), (Some("second"), Some(2)));
     assert_eq!(env.count(Op::BatchCreate), 2);
@@ -65,13 +66,66 @@ async fn a_leader_that_is_asked_to_stop_gives_the_lease_up() {
     let mut first = candidate(&env, "first");
     until_leads(&env, "first").await;
     let _second = candidate(&env, "second");
+    let signalled = Instant::now();
     signal(&first, "TERM");
+    env.create("job", spec(&["x"], None)).await;
+    env.until_asked(Op::BatchCreate, 1).await;
+    let took = signalled.elapsed();
+    assert!(took < Duration::from_secs(5), "the other one sends {took:?} after the signal");
     assert!(first.ended().await.success(), "{}", first.log());
     // Nobody waited for an expiry: the lease was empty before the second one took it.
     assert!(first.log().contains("not leading any more"), "{}", first.log());
-    until_leads(&env, "second").await;
-    env.create("job", spec(&["x"], None)).await;
+    assert!(!first.log().contains("could not be released"), "{}", first.log());
     assert_eq!(state(&env.cleaned("job").await), "Succeeded");
+}
+
+/// One call takes this long in the tests below.
+const CALL: Duration = Duration::from_secs(2);
+
+fn delayed(op: Op, delay: Duration) -> Fault {
+    let effect = Effect::DelayAnswer { millis: u64::try_from(delay.as_millis()).unwrap() };
+    Fault { op, contains: String::new(), skip: 0, times: 1, effect }
+}
+
+/// The leader is asked to stop as soon as it has asked Gemini for `in_hand`, with these delays; another job waits for
+/// the next leader, which sends it within `limit` from the signal. Both jobs end right. Returns what the next one said.
+async fn hands_over(delays: [Fault; 2], in_hand: Op, limit: Duration) -> String {
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=1"]).await;
+    let mut first = candidate(&env, "first");
+    until_leads(&env, "first").await;
+    let second = candidate(&env, "second");
+    for delay in delays {
+        env.sim.fault(delay);
+    }
+    env.create("in-hand", spec(&["x"], None)).await;
+    env.until_asked(in_hand, 1).await;
+    let signalled = Instant::now();
+    signal(&first, "TERM");
+    env.create("waits", spec(&["x"], None)).await;
+    env.until_asked(Op::BatchCreate, 2).await;
+    let took = signalled.elapsed();
+    assert!(took < limit, "the next one sends after {took:?}");
+    assert!(first.ended().await.success(), "{}", first.log());
+    for name in ["in-hand", "waits"] {
+        assert_eq!(state(&env.cleaned(name).await), "Succeeded");
+    }
+    assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (2, 2));
+    second.log()
+}
+
+/// What was uploaded is sent, since the next one could not tell whether it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_is_asked_to_stop_in_a_submission_leaves_no_unknown_outcome() {
+    let delays = [delayed(Op::UploadChunk, CALL), delayed(Op::BatchCreate, CALL)];
+    let log = hands_over(delays, Op::UploadChunk, 2 * CALL + Duration::from_secs(5)).await;
+    assert!(!log.contains("SubmissionUnconfirmed"), "{log}");
+}
+
+/// The call in hand is waited for, and nothing further begun: a result file may take longer than others can wait.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_is_asked_to_stop_begins_nothing_any_more() {
+    let delays = [delayed(Op::BatchGet, CALL), delayed(Op::Download, 7 * CALL)];
+    hands_over(delays, Op::BatchGet, CALL + Duration::from_secs(5)).await;
 }
 
 /// The leader is stopped, in the midst of a submission, for longer than its lease. When it wakes up, it must not
@@ -79,17 +133,12 @@ async fn a_leader_that_is_asked_to_stop_gives_the_lease_up() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_leader_that_slept_through_its_lease_sends_nothing() {
     let env = Env::scaled(10.0, &[]).await;
-    let effect = Effect::DelayAnswer { millis: 1000 };
-    env.sim.fault(Fault { op: Op::UploadChunk, contains: String::new(), skip: 0, times: 1, effect });
+    env.sim.fault(delayed(Op::UploadChunk, Duration::from_secs(1)));
     let first = candidate(&env, "first");
     until_leads(&env, "first").await;
     let _second = candidate(&env, "second");
     env.create("job", spec(&["x"], None)).await;
-    let start = Instant::now();
-    while env.count(Op::UploadChunk) == 0 {
-        assert!(start.elapsed() < PATIENCE, "nothing is uploaded");
-        tokio::task::yield_now().await;
-    }
+    env.until_asked(Op::UploadChunk, 1).await;
     signal(&first, "STOP");
     until_leads(&env, "second").await;
     env.stalled("job", "SubmissionUnconfirmed").await;

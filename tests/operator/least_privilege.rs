@@ -51,7 +51,7 @@ struct Account {
     client: Client,
 }
 
-fn helm() -> PathBuf {
+pub fn helm() -> PathBuf {
     static HELM: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
     let build = || {
         if let Ok(path) = std::env::var("GBO_HELM") {
@@ -75,6 +75,8 @@ async fn install(env: &Env, values: &[&str]) -> Installed {
     let out = Command::new(helm())
         .args(["template", "gbo", concat!(env!("CARGO_MANIFEST_DIR"), "/charts/gemini-batch-operator")])
         .arg(format!("--namespace={namespace}"))
+        // The definition is there. No pods: there is no node.
+        .arg("--set=receiver.externalURL=https://callbacks.example.com,crds.install=false,userRoles.create=false")
         .args(values.iter().map(|v| format!("--set={v}")))
         .output()
         .unwrap();
@@ -191,14 +193,14 @@ fn status_path(env: &Env, job: &str) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn all_namespaces() {
     let cluster = Arc::new(Cluster::start());
-    works(&cluster_env(cluster).await, &[], &["--watch-namespace", "--cluster-id"]).await;
+    works(&cluster_env(cluster).await, &[], &["--watch-namespaces", "--cluster-id"]).await;
 }
 
 /// Jobs of one namespace: no permission anywhere else.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_namespace() {
     let env = Env::scaled(FACTOR, &[NO_SWEEP]).await;
-    works(&env, &[&format!("watchNamespace={}", env.namespace)], &[]).await;
+    works(&env, &[&format!("watchNamespaces={{{}}}", env.namespace), "clusterID=test"], &[]).await;
 }
 
 /// A minute, which is how often the key ring is read again, takes a second.
@@ -210,11 +212,16 @@ async fn cluster_env(cluster: Arc<Cluster>) -> Env {
 
 /// Both halves, as processes of their own with a token each, through all that they ever ask of the API server.
 async fn works(env: &Env, values: &[&str], without: &[&str]) {
-    let at = install(env, values).await;
+    let values: Vec<&str> = values.iter().copied().chain(["defaultCredential.secretName=shared"]).collect();
+    let at = install(env, &values).await;
+    let body = json!({"metadata": {"name": "shared"}, "stringData": {"apiKey": "the-operators-key"}});
+    let body = serde_json::from_value(body).unwrap();
+    secrets(env, &at.namespace).create(&PostParams::default(), &body).await.unwrap();
+    let whose = format!("--default-credential-namespaces={}", env.namespace);
     let home = format!("--namespace={}", at.namespace);
     let admin = format!("--admin-listen=127.0.0.1:{}", free_port());
-    let mut controller =
-        env.spawn_as(&at.controller.kubeconfig, None, &["--role=controller", &home, &admin], without);
+    let flags = ["--role=controller", &home, &admin, "--default-credential-secret=shared", &whose];
+    let mut controller = env.spawn_as(&at.controller.kubeconfig, None, &flags, without);
     let mut receiver = env.spawn_as(&at.receiver.kubeconfig, None, &["--role=receiver", &home], without);
 
     // From an input ConfigMap to an output ConfigMap, by a callback.
@@ -227,6 +234,12 @@ async fn works(env: &Env, values: &[&str], without: &[&str]) {
     let data = env.config_maps().get("out").await.unwrap().data.unwrap();
     assert_eq!(data["results.jsonl"].lines().count(), 1);
     assert!(events(env, &env.namespace, "job").await.iter().any(|(reason, _)| reason == "Submitted"));
+
+    // The operator's own API key, in its own namespace.
+    let mut keyless = spec(&["one"], None);
+    keyless.as_object_mut().unwrap().remove("credentials");
+    env.create("keyless", keyless).await;
+    assert_eq!(state(&env.cleaned("keyless").await), "Succeeded");
 
     // Trouble that comes again is one Event with a count.
     let mut late = spec(&["one"], None);
@@ -280,6 +293,12 @@ async fn works(env: &Env, values: &[&str], without: &[&str]) {
     env.gone("running").await;
     assert_eq!(env.count(Op::BatchCancel), 1);
     assert!(env.config_maps().get_opt("unused").await.unwrap().is_none());
+
+    // A job that deletes itself.
+    let mut brief = spec(&["one"], Some("kept"));
+    brief["ttlSecondsAfterFinished"] = json!(0);
+    env.create("brief", brief).await;
+    env.gone("brief").await;
 
     controller.kill();
     receiver.kill();
@@ -407,7 +426,7 @@ async fn the_receiver_may_do_two_things() {
 #[tokio::test(flavor = "multi_thread")]
 async fn with_one_namespace_the_receiver_may_nothing_elsewhere() {
     let env = Env::new().await;
-    let at = install(&env, &[&format!("watchNamespace={}", env.namespace)]).await;
+    let at = install(&env, &[&format!("watchNamespaces={{{}}}", env.namespace), "clusterID=test"]).await;
     let hint = "patch geminibatch.dev/geminibatchjobs/status";
     let ring = format!("get /secrets {KEY_RING}");
     assert_eq!(may(&at.receiver, &env.namespace).await, set(&[&EVERYBODY, &[hint]]));

@@ -10,16 +10,22 @@
     reason = "a test says what went wrong by panicking"
 )]
 
+mod administration;
 mod bad_input;
 mod callbacks;
 mod crashes;
+mod dependents;
 mod endings;
 mod harness;
 mod keys;
 mod kubectl;
 mod leader;
 mod least_privilege;
+mod lifecycle;
 mod main_job;
+mod metrics;
 mod outages;
+mod quota;
 mod rules;
+mod sweep;
 mod unknown_outcomes;

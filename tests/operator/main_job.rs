@@ -165,7 +165,7 @@ async fn an_early_or_lying_callback_changes_nothing_but_makes_us_look() {
     let job = env
         .until("job", "done looking", |j| {
             let s = j.status.as_ref().unwrap();
-            s.callback.as_ref().is_some_and(|c| s.attempts[0].observed_hint.as_ref() == Some(&c.webhook_id))
+            s.callback.as_ref().is_some_and(|c| s.attempts[0].observed_hint == Some(c.hint()))
                 && s.observed_generation == job.metadata.generation
         })
         .await;

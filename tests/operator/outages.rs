@@ -1,11 +1,12 @@
 //! The API server is away, the receiver is killed: no callback is lost. Each test has a control plane of its own.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use gemini_batch_operator::controller::Timings;
-use gemini_simulator::{Config, Op, Outcome, Switches};
+use gemini_simulator::{Config, Effect, Fault, Op, Outcome, Switches};
 
-use crate::harness::{Cluster, Env, spec, state};
+use crate::harness::{Cluster, Env, ready, spec, state};
 
 /// So long that no test sees one, on any clock.
 const NO_SWEEP: &str = "--sweep-seconds=4000000000";
@@ -17,7 +18,12 @@ async fn outage(factor: f64, simulated: jiff::SignedDuration, switches: Switches
     let cluster = Arc::new(Cluster::start());
     let mut config = Env::scaled_config(factor);
     config.max_active = 1000;
-    let env = Env::on_scaled(Arc::clone(&cluster), config, &[NO_SWEEP, "--concurrency=64"]).await;
+    let env = Env::on_scaled(
+        Arc::clone(&cluster),
+        config,
+        &[NO_SWEEP, "--concurrency=64", "--max-active-batches=1000"],
+    )
+    .await;
     env.sim.set(switches);
     env.operator_with(Timings::default()).await;
     for i in 0..JOBS {
@@ -56,6 +62,78 @@ async fn an_api_server_away_for_a_minute_loses_no_callback() {
 async fn an_hours_outage_with_frozen_timestamps_loses_no_callback() {
     let frozen = Switches { frozen_timestamps: true, ..Switches::default() };
     outage(300.0, jiff::SignedDuration::from_hours(1), frozen).await;
+}
+
+/// A real minute, four times as long as a lease, with two controllers and jobs at every stage of their lives.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_controllers_live_through_a_real_minute_without_the_api_server() {
+    const OUTAGE: Duration = Duration::from_mins(1);
+    let cluster = Arc::new(Cluster::start());
+    let env =
+        Env::on(Arc::clone(&cluster), Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=5"])
+            .await;
+    let mut processes: Vec<_> = ["first", "second"]
+        .map(|name| {
+            let identity = format!("--lease-identity={name}");
+            env.spawn_with(None, &["--role=controller", "--admin-listen=127.0.0.1:0", &identity])
+        })
+        .into();
+    processes.push(env.spawn_with(None, &["--role=receiver"]));
+    for name in ["ends-meanwhile", "told-meanwhile", "runs-on", "deleted"] {
+        let prompt =
+            if name == "ends-meanwhile" { "[[sim:job=stall]] [[sim:no-event]]" } else { "[[sim:job=stall]]" };
+        env.create(name, spec(&[prompt], Some(name))).await;
+        env.until(name, "running", |j| state(j) == "Running").await;
+    }
+    // Asked for before, answered during the outage: the name of the batch can't be recorded. And one that is uploading.
+    for (name, op) in [("asked-for", Op::BatchCreate), ("uploading", Op::UploadChunk)] {
+        let effect = Effect::DelayAnswer { millis: 3000 };
+        let before = env.count(op);
+        env.sim.fault(Fault { op, contains: String::new(), skip: 0, times: 1, effect });
+        env.create(name, spec(&["x"], None)).await;
+        env.until_asked(op, before + 1).await;
+    }
+
+    cluster.ctl("stop", "kube-apiserver");
+    let start = Instant::now();
+    for batch in env.sim.batches().iter().take(2) {
+        assert!(env.sim.finish(&batch.name, Outcome::Succeeded));
+    }
+    tokio::time::sleep(OUTAGE.saturating_sub(start.elapsed())).await; // the outage itself
+    let creates = env.count(Op::BatchCreate);
+    cluster.ctl("start", "kube-apiserver");
+    let back = Instant::now();
+
+    env.delete("deleted").await;
+    env.create("new", spec(&["x"], None)).await;
+    for name in ["ends-meanwhile", "told-meanwhile", "asked-for", "new"] {
+        assert_eq!(state(&env.cleaned(name).await), "Succeeded", "{name}");
+    }
+    println!("all went on within {:.1} s", back.elapsed().as_secs_f64());
+    env.gone("deleted").await;
+    // The upload ended when nothing could be asked of the API server any more: after another turn of leadership a complete
+    // file does not tell whether the batch was asked for, so it is looked for over ten minutes before it is sent again.
+    let uploading = env
+        .until("uploading", "looked for, or submitted", |j| {
+            state(j) == "Succeeded" || ready(j).1 == "SubmissionUnconfirmed"
+        })
+        .await;
+    let submitted = usize::from(state(&uploading) == "Succeeded");
+    let on = env.jobs().get("runs-on").await.unwrap();
+    assert_eq!(state(&on), "Running");
+    let batch = on.status.unwrap().attempts[0].batch_name.clone().unwrap();
+    assert!(env.sim.finish(&batch, Outcome::Succeeded));
+    assert_eq!(state(&env.cleaned("runs-on").await), "Succeeded");
+
+    let batches = env.sim.batches();
+    let names: std::collections::BTreeSet<_> = batches.iter().map(|b| b.display_name.clone()).collect();
+    let expected = 6 + submitted;
+    assert_eq!((batches.len(), names.len()), (expected, expected), "one batch for each job: {names:?}");
+    assert_eq!(batches.iter().filter(|b| b.cancelled).count(), 1, "only the deleted one");
+    assert!(creates >= 5, "{creates}");
+    for process in &mut processes {
+        assert!(process.runs(), "no process exits: {}", process.log());
+    }
 }
 
 /// One job that can't be read stalls no other, is told why, and nobody's prompt gets into the log: not when it

@@ -25,6 +25,23 @@ async fn specs_are_accepted_and_refused() {
         changed(|s| s["input"] = json!({"geminiFile": {"name": "files/abc-1"}})),
         changed(|s| s["credentials"]["secretRef"] = json!({"name": "s", "key": "other"})),
         spec(&["x"], None),
+        changed(|s| _ = s.as_object_mut().unwrap().remove("credentials")),
+        changed(|s| {
+            s.as_object_mut().unwrap().remove("input");
+            s["importFrom"] = json!({"batchName": "batches/abc-1_X"});
+        }),
+        changed(|s| s["ttlSecondsAfterFinished"] = json!(0)),
+        changed(|s| s["backoffLimit"] = json!(9)),
+        changed(|s| s["activeDeadlineSeconds"] = json!(1)),
+        changed(|s| s["deletionTimeoutSeconds"] = json!(86_400)),
+        changed(|s| s["priority"] = json!(-5)),
+        changed(|s| s["output"]["retention"] = json!("Delete")),
+        changed(|s| {
+            s["suspend"] = json!(true);
+            s["suspendPolicy"] = json!("Cancel");
+            s["deletionPolicy"] = json!("Orphan");
+            s["readinessPolicy"] = json!("WhenSubmitted");
+        }),
     ];
     for (i, spec) in accepted.into_iter().enumerate() {
         let job = env.try_create(&format!("ok-{i}"), spec.clone()).await;
@@ -54,6 +71,75 @@ async fn specs_are_accepted_and_refused() {
             changed(|s| s["input"] = json!({"configMap": {"name": "out", "key": "x"}})),
             "must not be the ConfigMap that spec.input.configMap reads from",
         ),
+        (
+            changed(|s| _ = s.as_object_mut().unwrap().remove("input")),
+            "exactly one of input (requests to send) and",
+        ),
+        (changed(|s| s["importFrom"] = json!({"batchName": "batches/abc"})), "exactly one of input"),
+        (
+            changed(|s| {
+                s.as_object_mut().unwrap().remove("input");
+                s["importFrom"] = json!({"batchName": "batches/../files"});
+            }),
+            "resource name of a Gemini batch",
+        ),
+        (
+            changed(|s| {
+                s.as_object_mut().unwrap().remove("input");
+                s.as_object_mut().unwrap().remove("credentials");
+                s["importFrom"] = json!({"batchName": "batches/abc"});
+            }),
+            "spec.credentials is needed with importFrom and input.geminiFile",
+        ),
+        (
+            changed(|s| {
+                s["input"] = json!({"geminiFile": {"name": "files/abc-1"}});
+                s.as_object_mut().unwrap().remove("credentials");
+            }),
+            "spec.credentials is needed with importFrom and input.geminiFile",
+        ),
+        (
+            changed(|s| {
+                s.as_object_mut().unwrap().remove("input");
+                s["importFrom"] = json!({"batchName": "batches/abc"});
+                s["backoffLimit"] = json!(1);
+            }),
+            "can't be used with importFrom",
+        ),
+        (
+            changed(|s| {
+                s.as_object_mut().unwrap().remove("input");
+                s["importFrom"] = json!({"batchName": "batches/abc"});
+                s["dryRun"] = json!(true);
+            }),
+            "spec.dryRun can't be used with importFrom",
+        ),
+        (
+            changed(|s| {
+                s.as_object_mut().unwrap().remove("output");
+                s["ttlSecondsAfterFinished"] = json!(5);
+            }),
+            "spec.ttlSecondsAfterFinished needs spec.output",
+        ),
+        (changed(|s| s["backoffLimit"] = json!(10)), "should be less than or equal to 9"),
+        (changed(|s| s["backoffLimit"] = json!(-1)), "should be greater than or equal to 0"),
+        (changed(|s| s["activeDeadlineSeconds"] = json!(0)), "should be greater than or equal to 1"),
+        (changed(|s| s["ttlSecondsAfterFinished"] = json!(-1)), "should be greater than or equal to 0"),
+        (changed(|s| s["deletionTimeoutSeconds"] = json!(0)), "should be greater than or equal to 1"),
+        (changed(|s| s["suspendPolicy"] = json!("Pause")), "supported values: \"Drain\", \"Cancel\""),
+        (
+            changed(|s| s["deletionPolicy"] = json!("Keep")),
+            "supported values: \"Cancel\", \"Delete\", \"Orphan\"",
+        ),
+        (
+            changed(|s| s["readinessPolicy"] = json!("Never")),
+            "supported values: \"WhenComplete\", \"WhenSubmitted\"",
+        ),
+        (changed(|s| s["successPolicy"] = json!({"maxFailedRequests": -1})), "a number that is not negative"),
+        (changed(|s| s["successPolicy"] = json!({"maxFailedRequests": "101%"})), "a percentage like 5%"),
+        (changed(|s| s["successPolicy"] = json!({"maxFailedRequests": "5"})), "a percentage like 5%"),
+        (changed(|s| s["successPolicy"] = json!({})), "spec.successPolicy.maxFailedRequests: Required value"),
+        (changed(|s| s["output"]["retention"] = json!("Keep")), "supported values: \"Retain\", \"Delete\""),
         (requests(json!([])), "should have at least 1 items"),
         (
             requests(json!([{"key": "a", "prompt": "x"}, {"key": "a", "prompt": "y"}])),
@@ -198,6 +284,8 @@ async fn what_was_paid_for_cannot_be_edited() {
         let error = edit(&env, "job", spec.clone()).await.unwrap_err();
         assert!(error.contains("can't be changed once its submission has begun"), "{spec}: {error}");
     }
+    let error = edit(&env, "job", json!({"dryRun": true})).await.unwrap_err();
+    assert!(error.contains("spec.dryRun can't be turned on once the submission has begun"), "{error}");
     edit(&env, "job", json!({"output": {"configMap": {"name": "late"}}})).await.unwrap();
     assert!(env.sim.finish(&env.sim.batches()[0].name, gemini_simulator::Outcome::Succeeded));
     let job = env.cleaned("job").await;

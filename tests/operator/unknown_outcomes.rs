@@ -61,11 +61,7 @@ async fn what_was_never_created_stays_unconfirmed_and_is_not_sent_again() {
     assert!(ready(&job).2.contains("so that a late creation must fail, and only then it is sent again"));
     // It goes on looking, and does not send.
     let lists = env.count(Op::BatchList);
-    let start = std::time::Instant::now();
-    while env.count(Op::BatchList) < lists + 2 {
-        assert!(start.elapsed() < crate::harness::PATIENCE, "it does not look any more");
-        tokio::task::yield_now().await;
-    }
+    env.until_asked(Op::BatchList, lists + 2).await;
     assert_eq!(env.count(Op::BatchCreate), 1);
     // Deleted: list, delete the file, list again, go.
     env.delete("job").await;
@@ -154,11 +150,7 @@ async fn a_batch_that_another_key_was_not_shown_is_asked_for_with_the_old_one() 
     env.stalled("job", "CredentialsChanged").await;
     // Asked for so often that with its own key it would count as gone.
     let gets = env.count(Op::BatchGet);
-    let start = std::time::Instant::now();
-    while env.count(Op::BatchGet) < gets + 5 {
-        assert!(start.elapsed() < crate::harness::PATIENCE, "it does not look any more");
-        tokio::task::yield_now().await;
-    }
+    env.until_asked(Op::BatchGet, gets + 5).await;
     env.secret("gemini", &serde_json::json!({"apiKey": "test-key"})).await;
     let job = env.until("job", "running again", |j| ready(j).1 == "Submitted").await;
     assert!(!is_true(&job, conditions::FINISHED));
@@ -171,10 +163,10 @@ async fn an_unconfirmed_job_that_is_deleted_with_another_key_says_that_its_batch
     let env = Env::new().await;
     let effect = Effect::Status { code: 503, commit: false, envelope: true, retry_after: None };
     env.sim.fault(Fault { op: Op::BatchCreate, contains: String::new(), skip: 0, times: 1, effect });
-    let mut timings = crate::harness::timings();
-    timings.deletion = jiff::SignedDuration::from_secs(3);
-    env.operator_with(timings).await;
-    env.create("job", spec(&["x"], None)).await;
+    env.operator().await;
+    let mut spec = spec(&["x"], None);
+    spec["deletionTimeoutSeconds"] = serde_json::json!(3);
+    env.create("job", spec).await;
     env.stalled("job", "SubmissionUnconfirmed").await;
     env.secret("gemini", &serde_json::json!({"apiKey": "of-another-project"})).await;
     env.stalled("job", "CredentialsChanged").await;
@@ -255,6 +247,44 @@ async fn a_create_that_arrives_behind_the_fence_makes_no_batch() {
         tokio::time::sleep(std::time::Duration::from_millis(100)).await; // the late create itself
     }
     assert_eq!(env.sim.batches().len(), 1);
+}
+
+/// Half a second before the fence, and no listing shows it until nearly half a second after: found by `make chaos`.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_created_right_before_the_fence_is_found_although_listings_lag() {
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=1"]).await;
+    env.sim.set(Switches { list_lag_seconds: 540.0, ..Switches::default() }); // 0.9 s at this speed
+    let effect = Effect::CommitLate { seconds: 300.0 }; // 0.5 s, the grace is one second
+    env.sim.fault(Fault { op: Op::BatchCreate, contains: String::new(), skip: 0, times: 1, effect });
+    env.operator_with(hasty()).await;
+    env.create("job", spec(&["x [[sim:no-event]]"], None)).await;
+    assert_eq!(state(&env.cleaned("job").await), "Succeeded");
+    assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (1, 1));
+}
+
+/// The same, and the controller is killed right behind the fence: the next one must not take the missing file for one
+/// that was never uploaded.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_created_right_before_the_fence_is_found_after_a_kill_behind_it() {
+    let flags = [
+        "--sweep-seconds=1",
+        "--lease-retry-seconds=1",
+        "--lease-renew-deadline-seconds=2",
+        "--lease-seconds=3",
+        "--create-timeout-seconds=1",
+        "--resend-grace-seconds=5",
+    ];
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &flags).await;
+    // Three listings take 15 seconds, and then comes the fence.
+    env.sim.set(Switches { list_lag_seconds: 6000.0, ..Switches::default() }); // 10 s at this speed
+    let effect = Effect::CommitLate { seconds: 7800.0 }; // 13 s
+    env.sim.fault(Fault { op: Op::BatchCreate, contains: String::new(), skip: 0, times: 1, effect });
+    let mut first = env.spawn(Some("after:Fence"));
+    env.create("job", spec(&["x [[sim:no-event]]"], None)).await;
+    first.ended().await;
+    let _second = env.spawn(None);
+    assert_eq!(state(&env.cleaned("job").await), "Succeeded");
+    assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (1, 1));
 }
 
 /// If Gemini did not check the file of a late create after all, its batch is found and cancelled.

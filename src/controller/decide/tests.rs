@@ -4,13 +4,19 @@
 mod property;
 
 use jiff::SignedDuration;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::api::{Callback, RefusedCall};
-use crate::controller::memory::{Looks, Probe, Send, Tries};
+use crate::api::{
+    Callback, Cancellation, DeletionPolicy, RESEND_ANNOTATION, Refusal, RefusedCall, SuspendPolicy,
+};
+use crate::controller::collect::{Collected, Lines};
+use crate::controller::memory::{
+    Absent, Cleanup, KeyRefused, Looks, NamespaceSeen, OutputObject, Probe, Remote, Search, Send, Tries,
+};
 use crate::controller::report::compose;
+use crate::controller::{InputFacts, Timings, ending, identity};
 
 const CLUSTER: &str = "cluster";
 const UID: &str = "0b0e7c1e-7f3a-4c55-9a2e-3d5c1f0e9b11";
@@ -23,6 +29,19 @@ fn at(seconds: i64) -> Timestamp {
     Timestamp::from_second(1_800_000_000 + seconds).unwrap()
 }
 
+/// Gemini refused the key of this fingerprint when the clean-up needed it.
+fn key_refused(case: Case, key: &str) -> Case {
+    case.cleanup(|c| {
+        let problem = Problem::new(Reason::CredentialsRefused, "refused");
+        c.refused = Some(KeyRefused { fingerprint: key.to_owned(), problem });
+    })
+}
+
+/// What the callback of [`Case::hint`] is known by.
+fn hint(id: &str) -> String {
+    format!("{id}@{:.6}", at(0))
+}
+
 /// A situation.
 #[derive(Clone)]
 struct Case {
@@ -30,6 +49,7 @@ struct Case {
     memory: Memory,
     credential: Result<String, Problem>,
     input: Result<InputFacts, Problem>,
+    gate: Gate,
     now: Timestamp,
 }
 
@@ -46,7 +66,8 @@ fn applied() -> Case {
         job: serde_json::from_value(job).unwrap(),
         memory: Memory::default(),
         credential: Ok(KEY.to_owned()),
-        input: Ok(InputFacts { sha256: SHA.to_owned(), count: 2 }),
+        input: Ok(InputFacts { sha256: SHA.to_owned(), whole_sha256: SHA.to_owned(), count: 2, bytes: 9 }),
+        gate: Gate::Open,
         now: at(0),
     }
 }
@@ -94,6 +115,7 @@ fn read(state: BatchState, lines: Lines) -> Case {
 
 fn finished() -> Case {
     let end = ending::ended(
+        &running().job,
         current_attempt(&running().job).unwrap(),
         Some(&batch(BatchState::Succeeded)),
         Some(&collected(2, Lines::Dropped)),
@@ -101,6 +123,36 @@ fn finished() -> Case {
         None,
     );
     running().recorded(&Change::Finished(Box::new(end)))
+}
+
+/// The batch is over and left nothing to read.
+fn no_results(state: BatchState) -> Case {
+    ended(state).unreadable(KEY, -5, 5)
+}
+
+/// The batch is over; of two requests so many have a response, and so many were never answered.
+fn partly(state: BatchState, succeeded: i64, unanswered: i64) -> Case {
+    ended(state).with(|c| {
+        c.memory.collected = Some(Collected {
+            joined: true,
+            failed_lines: unanswered,
+            unanswered_lines: unanswered,
+            missing_keys: 2 - succeeded - unanswered,
+            ..collected(succeeded, Lines::Dropped)
+        });
+    })
+}
+
+/// The first attempt failed and left nothing; a further one is allowed.
+fn over_once() -> Case {
+    let case = no_results(BatchState::Failed).backoff(1).cleanup(|c| c.input_deleted = true);
+    let Decision::Record(change) = case.decide() else { panic!("it goes on") };
+    case.recorded(&change).with(|c| c.memory = Memory::default())
+}
+
+/// Looked for long enough.
+fn patient_search() -> Search {
+    Search { listings: 3, own_listings: 3, since: Some(at(-600)), next: Some(at(10)), ..Search::default() }
 }
 
 impl Case {
@@ -116,7 +168,7 @@ impl Case {
     fn recorded(self, change: &Change) -> Self {
         self.with(|c| {
             let status = c.job.status.clone().unwrap();
-            c.job.status = Some(compose(&status, 1, change, at(-1)));
+            c.job.status = Some(compose(&status, &c.job.spec, 1, change, at(-1)));
         })
     }
 
@@ -132,11 +184,38 @@ impl Case {
     }
 
     fn remote(self, remote: Remote) -> Self {
-        self.with(|c| c.memory.remote = Some(remote))
+        self.with(|c| {
+            c.memory.remote = Some(remote);
+            c.memory.remote_key = Some(KEY.to_owned());
+            let import = c.job.spec.import_from.as_ref();
+            c.memory.remote_name = import.and_then(|i| BatchName::parse(&i.batch_name).ok());
+        })
+    }
+
+    /// Others go first.
+    fn closed(self) -> Self {
+        let problem = Problem::new(Reason::WaitingForSlot, "others go first");
+        self.with(|c| c.gate = Gate::Closed { problem, wake: Wake::OnChange })
+    }
+
+    /// An administrator says no.
+    fn forbidden(self, reason: Reason) -> Self {
+        let problem = Problem::new(reason, "an administrator says no");
+        self.with(|c| c.gate = Gate::Closed { problem, wake: Wake::OnChange })
+    }
+
+    /// The namespace was asked whether it is being deleted; it is not asked again before `next`.
+    fn namespace(self, terminating: bool, next: i64) -> Self {
+        self.with(|c| c.memory.namespace = Some(NamespaceSeen { terminating, next: at(next) }))
     }
 
     fn key(self, fingerprint: &str) -> Self {
         self.with(|c| c.credential = Ok(fingerprint.to_owned()))
+    }
+
+    /// The user changed the spec.
+    fn edited(self) -> Self {
+        self.with(|c| c.job.metadata.generation = Some(2))
     }
 
     fn no_key(self) -> Self {
@@ -148,7 +227,14 @@ impl Case {
     }
 
     fn other_input(self) -> Self {
-        self.with(|c| c.input = Ok(InputFacts { sha256: "other".to_owned(), count: 3 }))
+        self.with(|c| {
+            c.input = Ok(InputFacts {
+                sha256: "other".to_owned(),
+                whole_sha256: "other".to_owned(),
+                count: 3,
+                bytes: 9,
+            });
+        })
     }
 
     /// Results shall go to this ConfigMap.
@@ -195,7 +281,51 @@ impl Case {
         }
     }
 
+    /// A batch that somebody else created.
+    fn imports(self) -> Self {
+        self.with(|c| {
+            c.job.spec.input = None;
+            c.job.spec.import_from = serde_json::from_value(json!({"batchName": "batches/b0"})).unwrap();
+        })
+    }
+
+    fn dry_run(self) -> Self {
+        self.with(|c| c.job.spec.dry_run = true)
+    }
+
+    /// Gemini was asked whether a key is valid, and may be asked again at `next`.
+    fn probed(self, key: &str, accepted: bool, next: i64) -> Self {
+        let probe = Probe { fingerprint: key.to_owned(), accepted, next: at(next) };
+        self.with(|c| c.memory.probe = Some(probe))
+    }
+
+    fn suspended(self, cancel: bool) -> Self {
+        self.with(|c| {
+            c.job.spec.suspend = true;
+            c.job.spec.suspend_policy = if cancel { SuspendPolicy::Cancel } else { SuspendPolicy::Drain };
+        })
+    }
+
+    fn deadline(self, seconds: i64) -> Self {
+        self.with(|c| c.job.spec.active_deadline_seconds = Some(seconds))
+    }
+
+    fn backoff(self, limit: i32) -> Self {
+        self.with(|c| c.job.spec.backoff_limit = limit)
+    }
+
+    fn policy(self, policy: DeletionPolicy) -> Self {
+        self.with(|c| c.job.spec.deletion_policy = Some(policy))
+    }
+
+    /// The operator wanted the batch cancelled.
+    fn cancellation(self, reason: Reason) -> Self {
+        let time = MicroTime(at(-1));
+        self.attempt(|a| a.cancellation = Some(Cancellation { reason: reason.as_str().to_owned(), time }))
+    }
+
     /// A callback came, and names this batch.
+    /// A callback that came in at 0.
     fn hint(self, id: &str, batch: Option<&str>) -> Self {
         self.with(|c| {
             c.job.status.as_mut().unwrap().callback = Some(Callback {
@@ -239,6 +369,7 @@ impl Case {
                 // As the driver does it: what is not needed is not there.
                 input: needs_input(&self.job, &self.memory).then(|| self.input.clone()),
                 memory: &self.memory,
+                gate: &self.gate,
                 cluster: CLUSTER,
                 fresh_send_id: "fresh",
                 timings: &Timings::default(),
@@ -329,6 +460,8 @@ fn show(decision: &Decision) -> String {
             let results = if results.is_some() { "+results" } else { "" };
             format!("{}{}{results}", problem.reason, if *stalled { "!" } else { "" })
         }
+        Change::Suspended => "Suspended".to_owned(),
+        Change::Validated { .. } => "Validated".to_owned(),
         Change::Running { early: None } => "Running".to_owned(),
         Change::Running { early: Some(event) } => format!("Running, though {event} was said"),
         other => panic!("nobody waits with {other:?}"),
@@ -375,15 +508,109 @@ fn before_the_intent() {
         "output taken": held().output("o").blocked(1, Some(30)) => "Wait OutputConflict! +30";
         "output taken, time to look again": held().output("o").blocked(1, Some(0)) => "ReserveOutput";
         "output taken, job edited": held().output("o").blocked(0, Some(30)) => "ReserveOutput";
+        "output taken, job edited again": held().output("o").blocked(1, Some(30)).edited() => "ReserveOutput";
         "output taken for ever": held().output("o").blocked(1, None) => "Wait OutputConflict! change";
         "output renamed": held().output("p").reserved("o") => "ReleaseOutput";
         "renamed, released": held().output("p").object(OutputObject::Unknown) => "ReserveOutput";
         "output removed": held().reserved("o") => "Intent";
         "somebody else's file needs no input": held().gemini_file().no_input() => "Intent";
         "somebody else's file, no key": held().gemini_file().no_key() => "Wait CredentialsNotFound! recheck";
+        "suspended": held().suspended(false) => "Wait Suspended change";
+        "suspended: neither key nor input count": held().no_key().no_input().suspended(true) => "Wait Suspended change";
+        "a dry run asks whether the key is good": held().dry_run() => "ProbeCredential";
+        "a dry run, good": held().dry_run().probed(KEY, true, 20) => "Wait Validated change";
+        "a dry run, refused": held().dry_run().probed(KEY, false, 20) => "Wait CredentialsRefused! +20";
+        "a dry run, refused, due": held().dry_run().probed(KEY, false, 0) => "ProbeCredential";
+        "a dry run, another key": held().dry_run().probed("other", false, 20) => "ProbeCredential";
+        "a dry run, no key": held().dry_run().no_key() => "Wait CredentialsNotFound! recheck";
+        "a dry run, bad input": held().dry_run().no_input() => "Wait InputInvalid! recheck";
+        "a dry run, the output": held().dry_run().output("o") => "ReserveOutput";
+        "a dry run waits for no turn": held().dry_run().probed(KEY, true, 20).closed() => "Wait Validated change";
+        "a dry run, suspended": held().dry_run().suspended(false) => "Wait Suspended change";
+        "a dry run is over": held().probed(KEY, true, 20) => "Intent";
+        "its deadline counts from the start": held().deadline(1).at(9999) => "Intent";
+        "not its turn": held().closed() => "Wait WaitingForSlot change";
+        "not its turn, and the output first": held().output("o").closed() => "ReserveOutput";
+        "not its turn, output reserved": held().output("o").reserved("o").closed() => "Wait WaitingForSlot change";
+        "a mistake is said before it is its turn": held().no_input().closed() => "Wait InputInvalid! recheck";
+        "not its turn again": refused_for(RefusedCall::Create, Reason::WaitingForQuota).at(59).closed() => "Wait WaitingForSlot change";
     }
     assert!(matches!(held().output("p").reserved("o").decide(),
         Decision::Act(Action::ReleaseOutput { name }) if name == "o"));
+}
+
+/// etcd was restored from a backup: the attempt that is about to begin has a batch at Gemini.
+#[test]
+fn what_gemini_has_already_is_not_sent_again() {
+    let named = |name: &str, number: i32, state| Batch {
+        name: BatchName::parse(name).unwrap(),
+        display_name: identity::display_name(CLUSTER, UID, number, "theirs"),
+        input_file: Some("files/theirs".to_owned()),
+        create_time: Some(at(-500)),
+        ..batch(state)
+    };
+    let found = |case: Case, number, state| {
+        case.with(|c| c.memory.found = vec![(number, named("batches/b1", number, state))])
+    };
+    let there = |case| found(case, 1, BatchState::Running);
+    let refused = || refused_for(RefusedCall::Create, Reason::WaitingForQuota);
+    check! {
+        "found": there(held()) => "Adopted";
+        "the finalizer comes first": there(applied()) => "AddFinalizer";
+        "over already": found(held(), 1, BatchState::Expired) => "Adopted";
+        "whatever stands in the way of a new one": there(held()).no_input().output("o").closed() => "Adopted";
+        "no key": there(held()).no_key() => "Wait CredentialsNotFound! recheck";
+        "of another attempt": found(held(), 2, BatchState::Running) => "Intent";
+        "refused": there(refused()) => "Adopted";
+        "refused, another attempt": found(refused(), 2, BatchState::Running) => "Wait WaitingForQuota +59";
+        "intended: it is looked for": there(intended()) => "FindInputFile";
+        "running": there(running()) => "Wait Running change";
+        "deleted": there(held()).deleted() => "DropFinalizer";
+    }
+    let Decision::Record(change) = there(held()).decide() else { panic!("not recorded") };
+    let Change::Adopted { attempt, batch } = &*change else { panic!("{change:?}") };
+    assert_eq!((attempt.send_id.as_str(), attempt.input_file.as_str()), ("theirs", "files/theirs"));
+    assert_eq!(attempt.display_name, batch.display_name);
+    assert_eq!((attempt.number, attempt.credential_fingerprint.as_str()), (1, KEY));
+    assert_eq!((attempt.intent_time.0, attempt.input_sha256.as_deref()), (at(-500), Some(SHA)));
+    // Both in one write.
+    let adopted = held().recorded(&change);
+    let recorded = current_attempt(&adopted.job).unwrap();
+    assert_eq!(recorded.batch_name.as_deref(), Some("batches/b1"));
+    assert_eq!(adopted.job.status.as_ref().unwrap().state, crate::api::State::Running);
+    assert_eq!(adopted.says(), "Wait Running change");
+}
+
+#[test]
+fn of_several_batches_the_succeeded_is_adopted_before_the_live_and_that_before_the_oldest() {
+    use BatchState::{Cancelled, Expired, Pending, Running, Succeeded};
+    let all = [
+        ("old", Cancelled, 0),
+        ("older-success", Succeeded, 5),
+        ("live", Running, 2),
+        ("success", Succeeded, 6),
+        ("younger-live", Pending, 3),
+        ("young", Expired, 9),
+    ];
+    let adopted = |indices: &[usize]| {
+        let of_job = indices.iter().map(|i| {
+            let (name, state, created) = all[*i];
+            let batch = Batch {
+                name: BatchName::parse(name).unwrap(),
+                display_name: identity::display_name(CLUSTER, UID, 1, "theirs"),
+                create_time: Some(at(created)),
+                ..batch(state)
+            };
+            (1, batch)
+        });
+        let case = held().with(|c| c.memory.found = of_job.collect());
+        let Decision::Record(change) = case.decide() else { panic!("{}", case.says()) };
+        let Change::Adopted { batch, .. } = *change else { panic!("{change:?}") };
+        batch.name.to_string().replace("batches/", "")
+    };
+    assert_eq!(adopted(&[0, 1, 2, 3, 4, 5]), "older-success");
+    assert_eq!(adopted(&[5, 4, 2, 0]), "live");
+    assert_eq!(adopted(&[5, 0]), "old");
 }
 
 #[test]
@@ -437,16 +664,73 @@ fn a_send_in_the_process_that_intended_it() {
     assert_eq!(again.input_file, identity::input_file(CLUSTER, UID, 1, "fresh"));
 }
 
+/// Whatever led there: after a no of an administrator nothing is sent any more, and everything else goes on.
+#[test]
+fn an_administrators_no_holds_on_every_way_to_a_submission() {
+    let fenced = Stage::Unsure(Search {
+        own_listings: 4,
+        since: Some(at(-700)),
+        fenced: true,
+        listed_behind_fence: true,
+        ..Search::default()
+    });
+    let again = refused_for(RefusedCall::Create, Reason::WaitingForQuota).at(59);
+    for (reason, said) in [
+        (Reason::SubmissionsPaused, "Wait SubmissionsPaused change"),
+        (Reason::CrdOutdated, "Wait CrdOutdated change"),
+        (Reason::CredentialsNotFound, "Wait CredentialsNotFound! change"),
+    ] {
+        let no = |case: Case| case.forbidden(reason).says();
+        assert_eq!(no(held()), said, "not intended");
+        assert_eq!(no(sending(Stage::NotUploaded)), said, "intended");
+        assert_eq!(no(sending(Stage::Unsent)), said, "intended before a restart");
+        assert_eq!(no(sending(uploaded())), said, "uploaded");
+        assert_eq!(no(again.clone()), said, "refused, due again");
+        assert_eq!(no(sending(fenced.clone())), said, "lost, and fenced off");
+
+        assert_eq!(no(intended()), "FindInputFile", "after a restart it is found out how far it came");
+        assert_eq!(no(sending(unsure(None))), "FindBatch");
+        assert_eq!(no(sending(Stage::Created(boxed(BatchState::Pending)))), "Submitted");
+        assert_eq!(no(ended(BatchState::Succeeded)), "Collect");
+        assert_eq!(no(running().deleted()), "CancelBatch");
+        assert_eq!(no(finished()), "DeleteInputFile");
+    }
+    // A turn that was taken is kept.
+    assert_eq!(sending(Stage::NotUploaded).closed().says(), "UploadInput");
+    assert_eq!(sending(uploaded()).closed().says(), "CreateBatch");
+}
+
+#[test]
+fn what_a_key_is_wanted_for() {
+    let only_to_submit = |case: Case| only_to_submit(&case.job, &case.memory);
+    for case in [
+        held(),
+        sending(Stage::NotUploaded),
+        sending(Stage::Unsent),
+        sending(uploaded()),
+        refused_for(RefusedCall::Create, Reason::WaitingForQuota),
+    ] {
+        assert!(only_to_submit(case.clone()), "{:?}", case.memory.send);
+        assert!(!only_to_submit(case.deleted()), "what it left at Gemini is deleted");
+    }
+    for case in [
+        intended(),
+        sending(unsure(None)),
+        sending(Stage::Created(boxed(BatchState::Pending))),
+        running(),
+        finished(),
+    ] {
+        assert!(!only_to_submit(case.clone()), "{:?}", case.memory.send);
+    }
+}
+
 #[test]
 fn refusals() {
     use RefusedCall::{Create, Upload};
     let recorded = |reason| sending(refused_stage(reason, false));
     let quota = || refused_for(Create, Reason::WaitingForQuota);
     let credentials = || refused_for(Create, Reason::CredentialsRefused);
-    let probed = |fingerprint: &str, accepted, next| {
-        let fingerprint = fingerprint.to_owned();
-        credentials().with(|c| c.memory.probe = Some(Probe { fingerprint, accepted, next: at(next) }))
-    };
+    let probed = |key: &str, accepted, next| credentials().probed(key, accepted, next);
     check! {
         "quota": recorded(Reason::WaitingForQuota) => "Refused";
         "quota, no key": recorded(Reason::WaitingForQuota).no_key() => "Refused";
@@ -483,6 +767,7 @@ fn the_file_of_a_refused_send_serves_the_next_one_if_it_is_the_same() {
         || refused_for(Create, Reason::WaitingForQuota).attempt(|a| a.input_file = "files/old".to_owned());
     let reuses = |case: Case| case.intent().input_file == "files/old";
     assert!(reuses(quota().at(59)));
+    assert!(reuses(quota().at(40 * 3600 - 2)));
     assert!(reuses(
         refused_for(Create, Reason::PreconditionFailed)
             .attempt(|a| a.input_file = "files/old".to_owned())
@@ -491,7 +776,7 @@ fn the_file_of_a_refused_send_serves_the_next_one_if_it_is_the_same() {
     for (what, case) in [
         ("another key", quota().key("other")),
         ("another input", quota().other_input().at(59)),
-        ("too old", quota().at(40 * 3600)),
+        ("too old", quota().at(40 * 3600 - 1)),
         (
             "never uploaded",
             quota().attempt(|a| a.refusal = Some(refusal(Upload, Reason::WaitingForQuota))).at(59),
@@ -536,6 +821,17 @@ fn an_unknown_outcome_is_looked_for_and_sent_again_only_behind_a_fence() {
             ..Search::default()
         }))
     };
+    let just_fenced = |time| {
+        sending(Stage::Unsure(Search {
+            listings: 9,
+            own_listings: 9,
+            since: Some(at(-9000)),
+            next: Some(at(10)),
+            fenced: true,
+            fenced_at: Some(at(time)),
+            ..Search::default()
+        }))
+    };
     let refuted = |id: &str| {
         let refuted = Some(BatchName::parse(id).unwrap());
         sending(Stage::Unsure(Search { listings: 1, next: Some(at(10)), refuted, ..Search::default() }))
@@ -543,13 +839,17 @@ fn an_unknown_outcome_is_looked_for_and_sent_again_only_behind_a_fence() {
     check! {
         "at once": sending(Stage::Unsure(Search::default())) => "FindBatch";
         "later": searched() => "Wait SubmissionUnconfirmed! +10";
+        "much later": sending(unsure(Some(600))) => "Wait SubmissionUnconfirmed! +600";
         "due": searched().at(10) => "FindBatch";
         "after a month": searched().at(30 * 86_400) => "FindBatch";
         "the grace is not over": patient(3, -599) => "Wait SubmissionUnconfirmed! +1";
         "only two listings": patient(2, -9000) => "Wait SubmissionUnconfirmed! +10";
-        "patient enough: the fence": patient(3, -600) => "Fence";
+        "patient enough: the fence is written down": patient(3, -600) => "Fencing";
+        "the fence": patient(3, -600).attempt(|a| a.fence_time = Some(MicroTime(at(-1)))) => "Fence";
         "but under another key nothing is proved": patient(3, -600).key("other") => "Wait CredentialsChanged! +10";
         "and a callback comes first": patient(3, -600).hint("m", Some("b7")) => "ConfirmHinted";
+        "just fenced: listings lag": just_fenced(-299) => "Wait SubmissionUnconfirmed! +1";
+        "they did long enough": just_fenced(-300) => "FindBatch";
         "fenced: once more": fenced(false) => "FindBatch";
         "and not there: the next send": fenced(true) => "Intent";
         "fenced, the key changed": fenced(true).key("other") => "Wait CredentialsChanged! +10";
@@ -563,6 +863,7 @@ fn an_unknown_outcome_is_looked_for_and_sent_again_only_behind_a_fence() {
         "no key": searched().no_key() => "Wait CredentialsNotFound! recheck";
         "other key: it may see the batch": searched().at(10).key("other") => "FindBatch";
         "other key, later": searched().key("other") => "Wait CredentialsChanged! +10";
+        "other key, soon enough": sending(unsure(Some(40))).key("other") => "Wait CredentialsChanged! +40";
         "other key, much later": sending(unsure(Some(600))).key("other") => "Wait CredentialsChanged! recheck";
         "a callback names it": searched().hint("m", Some("b7")) => "ConfirmHinted";
         "a callback names another one": refuted("b7").hint("m", Some("b7")) => "Wait SubmissionUnconfirmed! +10";
@@ -571,6 +872,22 @@ fn an_unknown_outcome_is_looked_for_and_sent_again_only_behind_a_fence() {
         "a callback names nonsense": searched().hint("m", Some("../x")) => "Wait SubmissionUnconfirmed! +10";
         "their file": searched().gemini_file() => "Wait SubmissionUnconfirmed! +10";
     }
+}
+
+/// The count is what limits how often a batch is paid for without anybody having seen the one before.
+#[test]
+fn sends_behind_a_fence_are_counted_and_others_are_not() {
+    let fenced = Search { fenced: true, listed_behind_fence: true, ..patient_search() };
+    let lost = |case: Case| case.stage(Stage::Unsure(fenced.clone())).intent();
+    let again = |before: Attempt| intended().recorded(&Change::Intent(Box::new(before)));
+    let first = lost(intended());
+    assert_eq!(first.resends, Some(1));
+    let second = lost(again(first.clone()));
+    assert_eq!((second.number, second.resends), (1, Some(2)));
+    let unsent = again(first).stage(Stage::Unsent).intent();
+    assert_eq!(unsent.resends, Some(1), "nothing was sent since");
+    assert_eq!(sending(Stage::Unsent).intent().resends, None);
+    assert_eq!(over_once().attempt(|a| a.resends = Some(1)).intent().resends, None, "of another attempt");
 }
 
 #[test]
@@ -583,7 +900,8 @@ fn after_a_restart_a_missing_file_is_proof_only_where_it_can_be() {
     check! {
         "was it uploaded?": intended() => "FindInputFile";
         "another send is remembered": intended().stage(uploaded()).attempt(|a| { a.send_id = "later".to_owned(); a.input_file = identity::input_file(CLUSTER, UID, 1, "later"); }) => "FindInputFile";
-        "a day later files may have gone": intended().at(86_400) => "FindBatch";
+        "a day later files may have gone": intended().at(86_399) => "FindBatch";
+        "killed right behind the fence": intended().attempt(|a| a.fence_time = Some(MicroTime(at(-1)))) => "FindBatch";
         "somebody else's file": intended().gemini_file() => "FindBatch";
         "the file of an earlier send, which may have expired": renamed("files/gbo-0-1-earlier") => "FindBatch";
         "a name that Gemini gave: it was complete": renamed("files/abc") => "FindBatch";
@@ -592,7 +910,7 @@ fn after_a_restart_a_missing_file_is_proof_only_where_it_can_be() {
         "other key, a callback": intended().key("other").hint("m", Some("b1")) => "ConfirmHinted";
         "other key, searched": unasked("other", 0) => "Wait CredentialsChanged! +10";
         "the key is back": unasked(KEY, 0) => "FindInputFile";
-        "the key is back too late": unasked(KEY, 86_400) => "FindBatch";
+        "the key is back too late": unasked(KEY, 86_399) => "FindBatch";
         "refused": refused_for(RefusedCall::Create, Reason::WaitingForQuota) => "Wait WaitingForQuota +59";
         "running": running() => "Wait Running change";
         "finished": finished() => "DeleteInputFile";
@@ -604,12 +922,14 @@ fn after_a_restart_a_missing_file_is_proof_only_where_it_can_be() {
 #[test]
 fn while_it_runs() {
     let seen = || running().remote(Remote::Seen(boxed(BatchState::Running)));
-    let spent = |case: Case, hint: &str| {
-        case.looks(|l| (0..4).for_each(|i| l.looked(Some(hint), at(i - 4), &Timings::default().hint_pauses)))
+    let spent = |case: Case, id: &str| {
+        case.looks(|l| {
+            (0..4).for_each(|i| l.looked(Some(&hint(id)), at(i - 4), &Timings::default().hint_pauses));
+        })
     };
     let following = |next| {
         seen().hint("m", None).looks(|l| {
-            l.following = Some(("m".to_owned(), 1));
+            l.following = Some((hint("m"), 1));
             l.next = Some(at(next));
         })
     };
@@ -620,7 +940,8 @@ fn while_it_runs() {
         "no key": running().no_key() => "Wait CredentialsNotFound! recheck";
         "other key, until it is needed": running().key("other") => "Wait Running change";
         "a callback": running().hint("m", None) => "GetBatch";
-        "a callback that was acted on": running().hint("m", None).attempt(|a| a.observed_hint = Some("m".to_owned())) => "Wait Running change";
+        "a callback that was acted on": running().hint("m", None).attempt(|a| a.observed_hint = Some(hint("m"))) => "Wait Running change";
+        "the same once more, maybe in the place of another": running().hint("m", None).attempt(|a| a.observed_hint = Some("m@2026-09-01T09:59:59.000000Z".to_owned())) => "GetBatch";
         "a callback, other key": running().hint("m", None).key("other") => "GetBatch";
         "a callback, no key": running().hint("m", None).no_key() => "Wait CredentialsNotFound! recheck";
         "an early callback": following(5) => "Wait Running, though batch.succeeded was said +5";
@@ -649,6 +970,7 @@ fn a_batch_that_gemini_does_not_show() {
         "gone, results are there": gone().with(|c| c.memory.collected = Some(collected(2, Lines::Dropped))) => "Finished Failed BatchNotFound";
         "gone, no key": gone().no_key() => "Wait CredentialsNotFound! recheck";
         "not shown to another key": running().remote(missing("other", 9, -9000, 30)).key("other") => "Wait CredentialsChanged! +30";
+        "not shown to another key, soon enough": running().remote(missing("other", 9, -9000, 40)).key("other") => "Wait CredentialsChanged! +40";
         "not shown to another key, which is looked at soon": running().remote(missing("other", 9, -9000, 600)).key("other") => "Wait CredentialsChanged! recheck";
         "the old key is back: it has not been asked": running().remote(missing("other", 9, -9000, 600)) => "GetBatch";
         "a third key has not been asked either": running().remote(missing("other", 9, -9000, 600)).key("third") => "GetBatch";
@@ -664,6 +986,7 @@ fn gemini_in_trouble() {
         "the first failure": running().trouble(1, Reason::GeminiUnavailable, 5) => "Wait - +5";
         "a lasting one": running().trouble(2, Reason::GeminiUnavailable, 5) => "Wait GeminiUnavailable +5";
         "a first one with a long wait": running().trouble(1, Reason::GeminiUnavailable, 301) => "Wait GeminiUnavailable +301";
+        "a first one with the longest of our own": running().trouble(1, Reason::GeminiUnavailable, 300) => "Wait - +300";
         "a refused key": running().trouble(2, Reason::CredentialsRefused, 5) => "Wait CredentialsRefused! +5";
         "over": running().trouble(9, Reason::GeminiUnavailable, 0) => "Wait Running change";
         "while sending": sending(uploaded()).trouble(2, Reason::GeminiUnavailable, 5) => "Wait GeminiUnavailable +5";
@@ -685,10 +1008,11 @@ fn results_are_read_with_patience() {
             }
         })
     };
-    let counted = |case: Case| {
+    let counted = |case: Case, succeeded| {
         case.with(|c| {
             if let Some(Remote::Seen(b)) = &mut c.memory.remote {
-                b.stats = Some(crate::gemini::Stats { total: 2, succeeded: 1, failed: 0, pending: 1 });
+                let pending = 2 - succeeded;
+                b.stats = Some(crate::gemini::Stats { total: 2, succeeded, failed: 0, pending });
             }
         })
     };
@@ -708,8 +1032,10 @@ fn results_are_read_with_patience() {
         "failed: nothing was promised": ended(Failed).unreadable(KEY, 0, 2) => "Finished Failed BatchFailed";
         "expired": ended(Expired).unreadable(KEY, 0, 2) => "Finished Failed BatchExpired";
         "cancelled": ended(Cancelled).unreadable(KEY, 0, 2) => "Finished Cancelled BatchCancelled";
-        "expired, but Gemini counted successes": counted(ended(Expired)).unreadable(KEY, -599, 2) => "Wait ResultsNotReadable +2";
-        "expired, the counted successes do not come": counted(ended(Expired)).unreadable(KEY, -600, 2) => "Finished Failed BatchExpired";
+        "expired, but Gemini counted successes": counted(ended(Expired), 1).unreadable(KEY, -599, 2) => "Wait ResultsNotReadable +2";
+        "expired, the counted successes are late": counted(ended(Expired), 1).unreadable(KEY, -600, 2) => "Wait ResultsNotReadable! +2";
+        "expired, the counted successes do not come": counted(ended(Expired), 1).unreadable(KEY, -86_400, 2) => "Finished Failed BatchExpired";
+        "expired, and Gemini counted no successes": counted(ended(Expired), 0).unreadable(KEY, -599, 2) => "Finished Failed BatchExpired";
         "expired, but Gemini names a file": named(ended(Expired)).unreadable(KEY, 0, 2) => "Wait ResultsNotReadable +2";
         "another key may not read it": ended(Succeeded).unreadable("other", -86_400, 2).key("other") => "Wait CredentialsChanged! +2";
         "another key, nothing promised": ended(Expired).unreadable("other", 0, 600).key("other") => "Wait CredentialsChanged! recheck";
@@ -736,6 +1062,7 @@ fn results_go_where_the_output_says() {
         "stored": stored(read(Succeeded, Lines::Dropped).output("o"), "o") => "Finished Succeeded Completed";
         "stored, then renamed": stored(read(Succeeded, Lines::Dropped).output("p"), "o") => "ReserveOutput";
         "renamed": read(Succeeded, kept()).output("p").reserved("o") => "ReleaseOutput";
+        "renamed, and not read into memory": read(Succeeded, Lines::Dropped).output("p").reserved("o") => "ReleaseOutput";
         "what an expired batch had": read(Expired, kept()).output("o").reserved("o") => "StoreResults";
         "what a failed batch had": stored(read(Failed, Lines::Dropped).output("o"), "o") => "Finished Failed BatchFailed";
         "too large": read(Succeeded, large()).output("o").reserved("o") => "Wait OutputTooLarge!+results change";
@@ -754,7 +1081,305 @@ fn results_go_where_the_output_says() {
     let Decision::Record(change) = case.decide() else { panic!() };
     let Change::Finished(end) = *change else { panic!() };
     assert_eq!(end.results.output.unwrap().config_map.as_deref(), Some("o"));
-    assert_eq!(end.hint.as_deref(), Some("m"), "the callback that led here was acted on");
+    assert_eq!(end.hint.as_deref(), Some(hint("m").as_str()), "the callback that led here was acted on");
+}
+
+// ----------------------------------------------------------------------------------- lifecycle
+
+#[test]
+fn whatever_is_not_at_gemini_is_held_by_a_suspension() {
+    let quota = || refused_for(RefusedCall::Create, Reason::WaitingForQuota);
+    let fenced = Search { fenced: true, listed_behind_fence: true, ..patient_search() };
+    check! {
+        "intended": sending(Stage::NotUploaded).suspended(false) => "Wait Suspended change";
+        "uploaded": sending(uploaded()).suspended(false) => "Wait Suspended change";
+        "found unsent": sending(Stage::Unsent).suspended(false) => "Wait Suspended change";
+        "in trouble": sending(Stage::NotUploaded).trouble(3, Reason::GeminiUnavailable, 90).suspended(false) => "Wait Suspended change";
+        "refused": quota().suspended(false) => "Wait Suspended change";
+        "refused, due": quota().at(59).suspended(false) => "Wait Suspended change";
+        "refused, in trouble": quota().trouble(3, Reason::GeminiUnavailable, 90).suspended(false) => "Wait Suspended change";
+        "not intended, in trouble": held().trouble(3, Reason::GeminiUnavailable, 90).suspended(false) => "Wait Suspended change";
+        "between two attempts, in trouble": over_once().trouble(3, Reason::GeminiUnavailable, 90).suspended(false) => "Wait Suspended change";
+        "a refusal is recorded first": sending(refused_stage(Reason::WaitingForQuota, false)).suspended(false) => "Refused";
+        "so is a batch": sending(Stage::Created(boxed(BatchState::Pending))).suspended(false) => "Submitted";
+        "one that may exist is looked for": sending(unsure(None)).suspended(false) => "FindBatch";
+        "and fenced": sending(Stage::Unsure(patient_search())).suspended(false) => "Fencing";
+        "but not sent again": sending(Stage::Unsure(fenced.clone())).suspended(false) => "Wait Suspended change";
+        "else it is": sending(Stage::Unsure(fenced)) => "Intent";
+    }
+    assert!(!needs_input(&held().suspended(false).job, &Memory::default()), "a held job's input is not read");
+}
+
+#[test]
+fn what_runs_is_cancelled_only_if_asked_and_watched_to_its_end() {
+    let cancelling = || running().cancellation(Reason::Suspended);
+    let cancelled = || cancelling().cleanup(|c| c.cancelled = true);
+    let watched = |next| {
+        move |c: &mut Cleanup| {
+            c.cancelled = true;
+            c.watched = Some(Tries { since: at(-9), count: 2, next: at(next) });
+        }
+    };
+    let failing =
+        |next| move |c: &mut Cleanup| c.failed = Some(Tries { since: at(-1), count: 2, next: at(next) });
+    check! {
+        "drained": running().suspended(false) => "Wait Running change";
+        "to be cancelled: recorded first": running().suspended(true) => "Cancelling";
+        "recorded": cancelling().suspended(true) => "CancelBatch";
+        "recorded, then resumed: it is cancelled all the same": cancelling() => "CancelBatch";
+        "no key": cancelling().no_key() => "Wait CredentialsNotFound! recheck";
+        "it does not get through": cancelling().cleanup(failing(5)) => "Wait Cancelling +5";
+        "the key is refused": key_refused(cancelling().cleanup(failing(5)), KEY) => "Wait CredentialsRefused! +5";
+        "the key was refused, and replaced": key_refused(cancelling().key("other").cleanup(failing(5)), KEY) => "CancelBatch";
+        "the other one is refused as well": key_refused(cancelling().key("other").cleanup(failing(5)), "other") => "Wait CredentialsRefused! +5";
+        "it does not get through for long": cancelling().cleanup(failing(90)) => "Wait Cancelling +90";
+        "due": cancelling().cleanup(failing(0)) => "CancelBatch";
+        "not with this key": cancelling().key("other").cleanup(failing(5)) => "Wait CredentialsChanged! +5";
+        "not with this key, soon enough": cancelling().key("other").cleanup(failing(40)) => "Wait CredentialsChanged! +40";
+        "not with this key, much later": cancelling().key("other").cleanup(failing(90)) => "Wait CredentialsChanged! recheck";
+        "cancelled: looked at at once": cancelled() => "GetBatch";
+        "still running": cancelling().cleanup(watched(5)) => "Wait Cancelling +5";
+        "due again": cancelling().cleanup(watched(0)) => "GetBatch";
+        "suspended in trouble": running().trouble(3, Reason::GeminiUnavailable, 90).suspended(true) => "Cancelling";
+        "still running, another key": cancelling().key("other").remote(missing("other", 1, -1, 5)).cleanup(watched(5)) => "Wait CredentialsChanged! +5";
+        "over": ended(BatchState::Cancelled).cancellation(Reason::Suspended) => "Collect";
+        "over with nothing: the input goes": no_results(BatchState::Cancelled).cancellation(Reason::Suspended) => "DeleteInputFile";
+        "then the attempt is over": no_results(BatchState::Cancelled).cancellation(Reason::Suspended).cleanup(|c| c.input_deleted = true) => "AttemptEnded";
+        "or as soon as that is given up": no_results(BatchState::Cancelled).cancellation(Reason::Suspended).cleanup(|c| c.failed = Some(Tries { since: at(-1), count: 5, next: at(5) })) => "AttemptEnded";
+        "cancelled by somebody else": no_results(BatchState::Cancelled) => "Finished Cancelled BatchCancelled";
+        "cancelled for us, but gone": ended(BatchState::Cancelled).remote(missing(KEY, 3, -3600, 5)).cancellation(Reason::Suspended).unreadable(KEY, -5, 5) => "Finished Failed BatchNotFound";
+        "whole all the same": partly(BatchState::Succeeded, 2, 0).cancellation(Reason::Suspended) => "Finished Succeeded Completed";
+        "all answered before": partly(BatchState::Cancelled, 2, 0).cancellation(Reason::Suspended) => "Finished Succeeded Completed";
+        "half of it": partly(BatchState::Succeeded, 1, 1).cancellation(Reason::Suspended).cleanup(|c| c.input_deleted = true) => "AttemptEnded";
+    }
+}
+
+#[test]
+fn a_deadline_ends_a_job_wherever_it_is() {
+    let late = |case: Case| case.deadline(100).at(99);
+    check! {
+        "while it waits, it is woken by it": running().deadline(100) => "Wait Running +99";
+        "not before": running().deadline(100).at(98) => "Wait Running +99";
+        "running": late(running()) => "Cancelling";
+        "refused": late(refused_for(RefusedCall::Create, Reason::WaitingForQuota)) => "Finished Failed DeadlineExceeded";
+        "intended": late(sending(Stage::NotUploaded)) => "Finished Failed DeadlineExceeded";
+        "uploaded": late(sending(uploaded())) => "Finished Failed DeadlineExceeded";
+        "one that may exist is looked for": late(sending(unsure(None))) => "FindBatch";
+        "and not looked for all the time": late(sending(unsure(Some(109)))) => "Wait SubmissionUnconfirmed! +109";
+        "stalled": sending(uploaded()).deadline(20).no_key() => "Wait CredentialsNotFound! +19";
+        "stalled, and looked at soon enough": sending(uploaded()).deadline(41).no_key() => "Wait CredentialsNotFound! recheck";
+        "stalled, later": sending(uploaded()).deadline(100).no_key() => "Wait CredentialsNotFound! recheck";
+        "cancelled": no_results(BatchState::Cancelled).cancellation(Reason::DeadlineExceeded) => "Finished Failed DeadlineExceeded";
+        "never a further attempt": no_results(BatchState::Cancelled).cancellation(Reason::DeadlineExceeded).backoff(9) => "Finished Failed DeadlineExceeded";
+        "half of it": partly(BatchState::Succeeded, 1, 1).cancellation(Reason::DeadlineExceeded) => "Finished Failed DeadlineExceeded";
+        "whole all the same": partly(BatchState::Succeeded, 2, 0).cancellation(Reason::DeadlineExceeded) => "Finished Succeeded Completed";
+        "ended before it was looked at: what there is counts": late(partly(BatchState::Succeeded, 2, 0)) => "Finished Succeeded Completed";
+        "a deletion has a time of its own": running().deadline(100).deleted().cleanup(|c| c.failed = Some(Tries { since: at(-1), count: 2, next: at(200) })) => "Wait GeminiUnavailable +200";
+        "and so has what is finished": finished().deadline(100).cleanup(|c| c.failed = Some(Tries { since: at(-1), count: 2, next: at(200) })) => "Wait - +200";
+    }
+}
+
+#[test]
+fn further_attempts_are_as_many_as_were_asked_for() {
+    let clean = |case: Case| case.cleanup(|c| c.input_deleted = true);
+    let over = |state, limit| clean(no_results(state).backoff(limit));
+    check! {
+        "none by default": over(BatchState::Failed, 0) => "Finished Failed BatchFailed";
+        "failed": over(BatchState::Failed, 1) => "AttemptEnded";
+        "expired": over(BatchState::Expired, 1) => "AttemptEnded";
+        "cancelled by somebody": over(BatchState::Cancelled, 1) => "Finished Cancelled BatchCancelled";
+        "no answer at all": clean(partly(BatchState::Succeeded, 0, 0).backoff(1)) => "Finished Failed AllRequestsFailed";
+        "nothing is missing": clean(partly(BatchState::Expired, 2, 0).backoff(1)) => "Finished Succeeded Completed";
+        "some are": clean(partly(BatchState::Expired, 1, 0).backoff(1)) => "AttemptEnded";
+        "gone": clean(ended(BatchState::Failed).remote(missing(KEY, 3, -3600, 5)).unreadable(KEY, -5, 5).backoff(1)) => "Finished Failed BatchNotFound";
+        "over": over_once() => "Intent";
+        "over, and held": over_once().suspended(false) => "Wait Suspended change";
+        "over, and its time as well": over_once().deadline(1) => "Finished Failed DeadlineExceeded";
+        "over, not its turn": over_once().closed() => "Wait WaitingForSlot change";
+        "over, no key": over_once().no_key() => "Wait CredentialsNotFound! recheck";
+        "not if the limit was lowered meanwhile": over_once().backoff(0) => "Finished Failed BatchFailed";
+        "nothing is missing after all": over_once().with(|c| c.input = Ok(InputFacts { sha256: "none".into(), whole_sha256: SHA.into(), count: 0, bytes: 9 })) => "Finished Failed AllRequestsFailed";
+        "the input moved": over_once().other_input() => "Finished Failed InputChanged";
+        "the input can't be read": over_once().no_input() => "Wait InputInvalid! recheck";
+        "what there was can't be read": over_once().with(|c| c.input = Err(Problem::new(Reason::GeminiUnavailable, "it fails"))) => "Wait GeminiUnavailable recheck";
+        "as many as fit": over_once().attempt(|a| a.number = 10) => "Finished Failed AttemptsExhausted";
+        "their file, nothing answered": over_once().gemini_file() => "Intent";
+        "their file, some answered": over_once().gemini_file().attempt(|a| a.outcome.as_mut().unwrap().succeeded = 1) => "Finished Failed InputUnknown";
+        "their file, all that was answered failed": over_once().gemini_file().attempt(|a| a.outcome.as_mut().unwrap().failed = 1) => "Finished Failed InputUnknown";
+        "their file, there are results": over_once().gemini_file().attempt(|a| a.outcome.as_mut().unwrap().output_file = Some("files/out".to_owned())) => "Finished Failed InputUnknown";
+        "our file, some answered": over_once().attempt(|a| a.outcome.as_mut().unwrap().succeeded = 1) => "Intent";
+    }
+    let next = over_once()
+        .with(|c| {
+            c.input = Ok(InputFacts { sha256: "rest".into(), whole_sha256: SHA.into(), count: 1, bytes: 9 });
+        })
+        .intent();
+    assert_eq!((next.number, next.request_count, next.input_sha256.as_deref()), (2, Some(1), Some("rest")));
+    assert_eq!(next.display_name, identity::display_name(CLUSTER, UID, 2, "fresh"));
+    let at_hand = |case: Case| attempt_at_hand(&case.job);
+    assert_eq!((at_hand(held()), at_hand(running()), at_hand(over_once())), (1, 1, 2));
+    assert!(next.outcome.is_none() && next.cancellation.is_none() && next.batch_name.is_none());
+    // A second failure counts the first.
+    let twice = |limit| {
+        let intent = Change::Intent(Box::new(over_once().intent()));
+        let submitted = Change::Submitted { batch: boxed(BatchState::Running), adopted: false };
+        let case = over_once().backoff(limit).recorded(&intent).recorded(&submitted);
+        clean(case.remote(Remote::Seen(boxed(BatchState::Failed))).unreadable(KEY, -5, 5))
+    };
+    assert_eq!(
+        (twice(1).says().as_str(), twice(2).says().as_str()),
+        ("Finished Failed BatchFailed", "AttemptEnded")
+    );
+}
+
+#[test]
+fn somebody_elses_batch_is_taken_over_once_it_is_seen() {
+    let seen = || {
+        held().imports().remote(Remote::Seen(Box::new(Batch {
+            name: BatchName::parse("b0").unwrap(),
+            ..batch(BatchState::Running)
+        })))
+    };
+    check! {
+        "looked for": held().imports() => "GetBatch";
+        "the output first": held().imports().output("o") => "ReserveOutput";
+        "no key": held().imports().no_key() => "Wait CredentialsNotFound! recheck";
+        "it is no submission": held().imports().closed() => "GetBatch";
+        "held": held().imports().suspended(false) => "Wait Suspended change";
+        "not shown": held().imports().remote(missing(KEY, 1, -1, 5)) => "Wait BatchNotFound! recheck";
+        "not shown, due": held().imports().remote(missing(KEY, 1, -1, 0)) => "GetBatch";
+        "not shown to another key": held().imports().remote(missing("other", 1, -1, 5)) => "GetBatch";
+        "another one is not shown": held().imports().remote(missing(KEY, 1, -1, 5)).with(|c| c.memory.remote_name = BatchName::parse("b9").ok()) => "GetBatch";
+        "another one is shown": held().imports().remote(Remote::Seen(boxed(BatchState::Running))) => "GetBatch";
+        "shown": seen() => "Imported";
+        "shown to another key": seen().key("other") => "GetBatch";
+        "deleted: it is left alone": running().imports().deleted() => "DropFinalizer Deleted";
+        "unless asked": running().imports().policy(DeletionPolicy::Cancel).deleted() => "CancelBatch";
+    }
+}
+
+#[test]
+fn what_deletion_does_with_the_batch_is_the_users_choice() {
+    let delete = |case: Case| case.policy(DeletionPolicy::Delete).deleted();
+    let orphan = |case: Case| case.policy(DeletionPolicy::Orphan).deleted();
+    let clean = |case: Case| {
+        case.cleanup(|c| {
+            c.input_deleted = true;
+            c.cancelled = true;
+        })
+    };
+    let deleted = |case: Case| clean(case).cleanup(|c| c.batches_deleted = vec!["batches/b1".to_owned()]);
+    let failing = |case: Case| {
+        clean(case).cleanup(|c| c.failed = Some(Tries { since: at(-1), count: 2, next: at(900) }))
+    };
+    check! {
+        "orphan, running": orphan(running()) => "DropFinalizer Deleted";
+        "orphan, without a key": orphan(running()).no_key() => "DropFinalizer Deleted";
+        "orphan, reserved": orphan(running().output("o")) => "ReleaseOutput";
+        "orphan, never sent": orphan(sending(uploaded())) => "DropFinalizer";
+        "orphan, unknown": orphan(sending(unsure(None))) => "DropFinalizer Deleted";
+        "orphan, refused": orphan(refused_for(RefusedCall::Create, Reason::WaitingForQuota)) => "DropFinalizer";
+        "orphan, between two attempts": orphan(over_once()) => "DropFinalizer";
+        "delete: cancelled first": delete(running()) => "CancelBatch";
+        "delete: the input": delete(running()).cleanup(|c| c.cancelled = true) => "DeleteInputFile";
+        "delete: then the batch": clean(delete(running())) => "DeleteBatch";
+        "delete: all gone": deleted(delete(running())) => "DropFinalizer Cancelled";
+        "delete, it does not work, over": failing(delete(running())).at(299) => "DropFinalizer Deleted";
+        "delete, never sent": delete(sending(uploaded())).cleanup(|c| c.input_deleted = true) => "DropFinalizer";
+        "finished": clean(finished().policy(DeletionPolicy::Delete)) => "Wait - change";
+        "finished, deleted": clean(delete(finished())) => "DeleteBatch";
+        "finished, deleted, gone": deleted(delete(finished())) => "DropFinalizer";
+        "finished, deleted, no key": clean(delete(finished())).no_key() => "DropFinalizer Deleted";
+        "finished, deleted, it does not work": failing(delete(finished())) => "Wait - +299";
+        "finished, deleted, it does not work, due": failing(delete(finished())).cleanup(|c| c.failed.as_mut().unwrap().next = at(0)) => "DeleteBatch";
+        "finished, deleted, it does not work, over": failing(delete(finished())).at(299) => "DropFinalizer Deleted";
+        "finished, asked for later": finished().with(|c| c.job.metadata.finalizers = None).policy(DeletionPolicy::Delete) => "AddFinalizer";
+        "between two attempts": over_once().deleted() => "DropFinalizer";
+        "between two attempts, delete": delete(over_once()) => "DeleteBatch";
+        "no longer than the job says": running().deleted().no_key().with(|c| c.job.spec.deletion_timeout_seconds = 10).at(9) => "DropFinalizer Orphaned";
+    }
+}
+
+#[test]
+fn a_callback_that_contradicts_the_end_is_looked_into_once_and_said() {
+    let told = |attempt| {
+        finished().hint("late", None).with(|c| {
+            let callback = c.job.status.as_mut().unwrap().callback.as_mut().unwrap();
+            callback.attempt = attempt;
+            callback.type_ = "batch.failed".to_owned();
+        })
+    };
+    let pauses = Timings::default().hint_pauses;
+    let asked = |id: &str, state| {
+        told(1).remote(Remote::Seen(boxed(state))).looks(|l| l.looked(Some(&hint(id)), at(-1), &pauses))
+    };
+    check! {
+        "of this attempt": told(1) => "GetBatch";
+        "of another one, which is over": told(2) => "DeleteInputFile";
+        "that says the same": told(1).attempt(|a| a.remote_state = Some("FAILED".to_owned())) => "DeleteInputFile";
+        "not more often than other callbacks": told(1).looks(|l| (0..4).for_each(|i| l.looked(None, at(i - 4), &pauses))) => "Wait - +56";
+        "without a key": told(1).no_key() => "Contradicted";
+        "asked": asked("late", BatchState::Failed) => "Contradicted";
+        "asked about an earlier one": asked("earlier", BatchState::Failed) => "GetBatch";
+    }
+    let said = |case: Case| {
+        let Decision::Record(change) = case.decide() else { panic!("{}", case.says()) };
+        let Change::Contradicted { hint: observed, problem } = *change else { panic!("{change:?}") };
+        assert_eq!(observed, hint("late"));
+        problem.message
+    };
+    let seen = |state| told(1).remote(Remote::Seen(boxed(state)));
+    assert!(said(asked("late", BatchState::Failed)).contains("Gemini says FAILED now"));
+    assert!(said(seen(BatchState::Failed).no_key()).contains("could not be asked"), "that was before");
+}
+
+#[test]
+fn what_is_told_to_the_metrics() {
+    let waits = |case: Case| hint_waits(&case.job);
+    assert!(waits(running().hint("m", None)));
+    assert!(!waits(running()), "no callback");
+    assert!(!waits(running().hint("m", None).attempt(|a| a.observed_hint = Some(hint("m")))), "acted on");
+    assert!(!waits(finished().hint("m", None)), "finished");
+
+    let unconfirmed = |case: Case| is_unconfirmed(&case.job);
+    let said = |case: Case| {
+        let Decision::Wait { say: Some(say), .. } = case.decide() else { panic!("{}", case.says()) };
+        case.recorded(&say)
+    };
+    let searched = || said(sending(unsure(Some(10))));
+    assert!(unconfirmed(searched()));
+    assert!(!unconfirmed(running()), "known");
+    assert!(!unconfirmed(said(intended().no_key())), "stalled for another reason");
+    let found = Change::Submitted { batch: boxed(BatchState::Running), adopted: true };
+    assert!(!unconfirmed(searched().recorded(&found)), "found");
+    assert!(!unconfirmed(finished()), "finished");
+}
+
+#[test]
+fn a_finished_job_deletes_itself_when_it_is_told_to() {
+    let brief = |ttl| {
+        let free = finished().with(|c| {
+            c.job.metadata.finalizers = None;
+            c.job.status.as_mut().unwrap().output.as_mut().unwrap().config_map = Some("o".to_owned());
+        });
+        free.with(|c| c.job.spec.ttl_seconds_after_finished = Some(ttl))
+    };
+    let unread = |case: Case| {
+        case.with(|c| {
+            c.job.status.as_mut().unwrap().output =
+                serde_json::from_value(json!({"fileName": "files/batch-b1"})).unwrap();
+        })
+    };
+    check! {
+        "not yet": brief(10) => "Wait - +9";
+        "now": brief(10).at(9) => "DeleteJob";
+        "at once": brief(0) => "DeleteJob";
+        "not while its results are nowhere else": unread(brief(0)) => "Wait - change";
+        "its results are in both places": unread(brief(0)).with(|c| c.job.status.as_mut().unwrap().output.as_mut().unwrap().config_map = Some("o".to_owned())) => "DeleteJob";
+        "done": brief(0).cleanup(|c| c.job_deleted = true) => "Done";
+        "done, and its batch goes with it": brief(0).policy(DeletionPolicy::Delete).cleanup(|c| c.job_deleted = true) => "Done";
+        "what is left comes first": finished().with(|c| c.job.spec.ttl_seconds_after_finished = Some(0)) => "DeleteInputFile";
+    }
 }
 
 // --------------------------------------------------------------------------------- afterwards
@@ -780,12 +1405,13 @@ fn after_the_end() {
         "an unfilled reservation goes": clean().output("o") => "ReleaseOutput";
         "once": clean().output("o").cleanup(|c| c.output_released = true) => "DropFinalizer";
         "a filled one stays": filled(clean().output("o")) => "DropFinalizer";
-        "edited": finished().with(|c| c.job.metadata.generation = Some(2)) => "Refresh";
+        "edited": finished().edited() => "Refresh";
         "let go": clean().with(|c| c.job.metadata.finalizers = None) => "Done";
-        "let go, edited": clean().with(|c| { c.job.metadata.finalizers = None; c.job.metadata.generation = Some(2); }) => "Refresh";
+        "let go, edited": clean().edited().with(|c| c.job.metadata.finalizers = None) => "Refresh";
     }
-    let refreshed = finished().with(|c| c.job.metadata.generation = Some(2));
-    let status = compose(refreshed.job.status.as_ref().unwrap(), 2, &Change::Refresh, at(0));
+    let refreshed = finished().edited();
+    let status =
+        compose(refreshed.job.status.as_ref().unwrap(), &refreshed.job.spec, 2, &Change::Refresh, at(0));
     assert!(status.conditions.iter().all(|c| c.observed_generation == Some(2)));
     assert_eq!(refreshed.with(|c| c.job.status = Some(status)).says(), "DeleteInputFile");
 }
@@ -813,6 +1439,7 @@ fn deletion_at_every_stage() {
         "refused": refused_for(RefusedCall::Create, Reason::WaitingForQuota).deleted() => "DeleteInputFile";
         "refused, deleted": gone(refused_for(RefusedCall::Create, Reason::WaitingForQuota).deleted()) => "DropFinalizer";
         "running": running().deleted() => "CancelBatch";
+        "seen running": running().remote(Remote::Seen(boxed(BatchState::Running))).deleted() => "CancelBatch";
         "running, cancelled": cancelled(running().deleted()) => "DeleteInputFile";
         "all gone": gone(cancelled(running().deleted())) => "DropFinalizer Cancelled";
         "all gone, reserved": gone(cancelled(running().deleted())).output("o") => "ReleaseOutput";
@@ -827,7 +1454,7 @@ fn deletion_at_every_stage() {
         "nothing goes on": gone(listed(sending(unsure(None)).deleted(), 2)) => "DropFinalizer Deleted";
         "their file can't be a fence": listed(sending(unsure(None)).gemini_file().deleted(), 1) => "FindToCancel";
         "finished": finished().deleted() => "DeleteInputFile";
-        "finished, deletion changed the generation": gone(finished().deleted()).with(|c| c.job.metadata.generation = Some(2)) => "DropFinalizer";
+        "finished, deletion changed the generation": gone(finished().deleted()).edited() => "DropFinalizer";
         "finished, no key: no status is written": finished().deleted().no_key() => "DropFinalizer";
         "finished, other key": finished().deleted().key("other").cleanup(|c| { c.failed = Some(Tries { since: at(-1), count: 1, next: at(5) }); }) => "Wait - +5";
         "finished, refused for good, still reserved": finished().output("o").deleted() => "ReleaseOutput";
@@ -845,13 +1472,26 @@ fn a_deletion_is_bounded_in_time() {
             c.failed = Some(Tries { since: at(-1), count: 5, next: at(9) });
         })
     };
+    let keyless = || running().deleted().no_key();
     check! {
-        "no key": running().deleted().no_key() => "Wait CredentialsNotFound! recheck";
-        "no key, near the end": running().deleted().no_key().at(270) => "Wait CredentialsNotFound! +299";
-        "no key, over": running().deleted().no_key().at(299) => "DropFinalizer Orphaned";
+        "no key": keyless() => "AskNamespace";
+        "no key, it can be put back": keyless().namespace(false, 20) => "Wait CredentialsNotFound! recheck";
+        "no key, the namespace may go as well": keyless().namespace(false, 0) => "AskNamespace";
+        "no key, nor will there be one": keyless().namespace(true, 20) => "DropFinalizer Orphaned";
+        "no key for what may be there": intended().deleted().no_key().namespace(true, 20) => "DropFinalizer Orphaned";
+        "no key, but nothing that is paid for": sending(uploaded()).deleted().no_key().namespace(true, 20) => "DropFinalizer";
+        "no key, but over": ended(BatchState::Succeeded).deleted().no_key().namespace(true, 20) => "DropFinalizer Deleted";
+        "a key that was kept": running().deleted().namespace(true, 20) => "CancelBatch";
+        "no key, near the end": keyless().namespace(false, 290).at(270) => "Wait CredentialsNotFound! +299";
+        "no key, over": keyless().at(299) => "DropFinalizer Orphaned";
         "other key: it may do": running().deleted().key("other") => "CancelBatch";
         "other key: it does not": failing(running().deleted().key("other"), 4) => "Wait CredentialsChanged! +4";
+        "the key is refused": key_refused(failing(running().deleted(), 4), KEY) => "Wait CredentialsRefused! +4";
+        "the key is refused for the first time": key_refused(failing(running().deleted(), 4), KEY).cleanup(|c| c.failed.as_mut().unwrap().count = 1) => "Wait CredentialsRefused! +4";
+        "the key was refused, and replaced": key_refused(failing(running().deleted().key("other"), 4), KEY) => "CancelBatch";
+        "the other one is refused as well": key_refused(failing(running().deleted().key("other"), 4), "other") => "Wait CredentialsRefused! +4";
         "failing": failing(running().deleted(), 4) => "Wait GeminiUnavailable +4";
+        "failing for the first time": failing(running().deleted(), 4).cleanup(|c| c.failed.as_mut().unwrap().count = 1) => "Wait - +4";
         "failing, due": failing(running().deleted(), 0) => "CancelBatch";
         "failing, not beyond the end": failing(running().deleted().at(290), 900) => "Wait GeminiUnavailable +299";
         "failing, over": failing(running().deleted().at(299), 900) => "DropFinalizer Orphaned";
@@ -881,8 +1521,18 @@ fn input_is_read_only_where_it_counts() {
     assert!(!needed(running()), "running");
     assert!(!needed(finished()), "finished");
     assert!(!needed(held().deleted()), "deleted");
-    assert!(needs_credential(&running().job) && needs_credential(&finished().job));
-    assert!(!needs_credential(&finished().with(|c| c.job.metadata.finalizers = None).job));
+    let late = refused_for(RefusedCall::Create, Reason::WaitingForQuota).deadline(100).at(99);
+    let Decision::Record(end) = late.decide() else { panic!("{}", late.says()) };
+    assert!(!needed(late.recorded(&end)), "finished while it waited for its next send");
+    let free = |case: Case| case.with(|c| c.job.metadata.finalizers = None);
+    let key_needed = |case: Case| needs_credential(&case.job);
+    assert!(key_needed(applied()) && key_needed(running()), "unfinished");
+    assert!(key_needed(finished()), "finished: there is something to delete");
+    assert!(!key_needed(free(finished())), "let go");
+    let told = finished().hint("late", None).with(|c| {
+        c.job.status.as_mut().unwrap().callback.as_mut().unwrap().type_ = "batch.failed".to_owned();
+    });
+    assert!(key_needed(free(told)), "let go, but a callback says otherwise");
 }
 
 /// A driver that forgot to read the input is told to come again, not that something is wrong.
@@ -894,6 +1544,7 @@ fn an_input_that_was_not_read_is_no_problem() {
             credential: case.credential.clone(),
             input: None,
             memory: &case.memory,
+            gate: &case.gate,
             cluster: CLUSTER,
             fresh_send_id: "fresh",
             timings: &Timings { recheck: SignedDuration::from_secs(1), ..Timings::default() },

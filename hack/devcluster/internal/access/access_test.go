@@ -29,13 +29,18 @@ func TestTokensAreMadeOnceAndReadBack(t *testing.T) {
 	}
 }
 
-func TestIncompleteTokenFile(t *testing.T) {
+func TestMissingTokensAreAdded(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "tokens.csv")
-	if err := os.WriteFile(path, []byte("abc,someone,1\n"), 0o600); err != nil {
+	if err := os.WriteFile(path, []byte("abc,devcluster-admin,devcluster-admin,system:masters\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := EnsureTokens(path); err == nil || !strings.Contains(err.Error(), "no token for") {
-		t.Errorf("error %v", err)
+	tokens, err := EnsureTokens(path)
+	if err != nil || tokens[Admin] != "abc" || tokens[Node] == "" {
+		t.Errorf("got %v, %v; want the token that was there, and the others", tokens, err)
+	}
+	again, err := EnsureTokens(path)
+	if err != nil || !maps.Equal(tokens, again) {
+		t.Errorf("read back: %v, %v", again, err)
 	}
 }
 

@@ -17,52 +17,75 @@ import (
 const (
 	Admin             = "devcluster-admin"
 	ControllerManager = "system:kube-controller-manager"
+	Scheduler         = "system:kube-scheduler"
+	Node              = "system:node:" + NodeName
+	Proxy             = "system:kube-proxy"
+	DNS               = "devcluster-dns"
 )
+
+// NodeName is what the node is called: its user name says so.
+const NodeName = "devcluster"
 
 // groups says which groups a user is in besides system:authenticated.
 var groups = map[string]string{
 	Admin:             "system:masters",
 	ControllerManager: "",
+	Scheduler:         "",
+	Node:              "system:nodes",
+	Proxy:             "",
+	// There is no ready-made role for a name server; this one reads Services,
+	// and is as much a part of the control plane as the rest.
+	DNS: "system:masters",
 }
 
 // Tokens maps a user to its bearer token.
 type Tokens map[string]string
 
-// EnsureTokens reads the API server's token file, and makes it when missing.
+// EnsureTokens reads the API server's token file, and makes it, or the tokens
+// that are missing in it.
 func EnsureTokens(path string) (Tokens, error) {
 	tokens, err := readTokens(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return makeTokens(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
 	}
-	return tokens, err
+	complete := true
+	for user := range groups {
+		if tokens[user] == "" {
+			complete = false
+			secret := make([]byte, 24)
+			if _, err := rand.Read(secret); err != nil {
+				return nil, err
+			}
+			tokens[user] = hex.EncodeToString(secret)
+		}
+	}
+	if complete {
+		return tokens, nil
+	}
+	return tokens, writeTokens(path, tokens)
 }
 
-func makeTokens(path string) (Tokens, error) {
-	tokens := Tokens{}
+func writeTokens(path string, tokens Tokens) error {
 	var file strings.Builder
 	writer := csv.NewWriter(&file)
 	for user, group := range groups {
-		secret := make([]byte, 24)
-		if _, err := rand.Read(secret); err != nil {
-			return nil, err
-		}
-		tokens[user] = hex.EncodeToString(secret)
 		record := []string{tokens[user], user, user}
 		if group != "" {
 			record = append(record, group)
 		}
 		if err := writer.Write(record); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	writer.Flush()
-	return tokens, os.WriteFile(path, []byte(file.String()), 0o600)
+	return os.WriteFile(path, []byte(file.String()), 0o600)
 }
 
 func readTokens(path string) (Tokens, error) {
+	tokens := Tokens{}
 	file, err := os.Open(path)
 	if err != nil {
-		return nil, err
+		return tokens, err
 	}
 	defer func() { _ = file.Close() }()
 	reader := csv.NewReader(file)
@@ -71,15 +94,9 @@ func readTokens(path string) (Tokens, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	tokens := Tokens{}
 	for _, record := range records {
 		if len(record) >= 2 {
 			tokens[record[1]] = record[0]
-		}
-	}
-	for user := range groups {
-		if tokens[user] == "" {
-			return nil, fmt.Errorf("%s has no token for %s: remove the directory to start afresh", path, user)
 		}
 	}
 	return tokens, nil

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"geminibatch.dev/devcluster/internal/node"
 )
 
 // Programs are the programs built into the binary.
@@ -26,11 +28,13 @@ const (
 	exitUsage  = 2
 )
 
-const usage = `devcluster is a Kubernetes control plane in one binary, for tests.
+const usage = `devcluster is a Kubernetes cluster in one binary, for tests.
 
 Usage:
   devcluster up [flags]                      run a cluster until told to stop
+  devcluster down [--dir DIR]                end it; remove what a killed one left
   devcluster ctl --dir DIR COMMAND [NAME]    stop, start or pause its components
+  devcluster image load --dir DIR FILE...    give image archives to its node
   devcluster exec PROGRAM [args...]          run one of the programs inside
   devcluster version                         print the versions inside
 
@@ -60,12 +64,20 @@ func Main(argv []string, programs Programs) int {
 	switch argv[1] {
 	case "up":
 		return up(args)
+	case "down":
+		return down(args)
 	case "ctl":
 		return ctl(args)
+	case "image":
+		return imageCommand(args)
 	case "exec":
 		return execProgram(args, programs)
 	case "version", "--version":
 		return version()
+	case "node-init": // these two are called by 'up --node' only
+		return failed(node.Init(args))
+	case "node-run":
+		return nodeRun(args)
 	case "help", "--help", "-h":
 		fmt.Printf(usage, strings.Join(programs.Names, ", "))
 		return exitOK

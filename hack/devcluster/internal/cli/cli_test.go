@@ -22,7 +22,11 @@ func TestParseUp(t *testing.T) {
 		t.Errorf("all flags: %+v, want %+v", got, want)
 	}
 
-	for _, args := range [][]string{{"extra"}, {"--unknown"}, {"--timeout=0"}, {"--parent-pid=-1"}, {"--audit", "false"}} {
+	if got, _, goOn = parseUp([]string{"--node"}); !goOn || !got.node {
+		t.Errorf("--node: %+v", got)
+	}
+
+	for _, args := range [][]string{{"--node", "--controller-manager=false"}, {"extra"}, {"--unknown"}, {"--timeout=0"}, {"--parent-pid=-1"}, {"--audit", "false"}} {
 		if _, code, goOn := parseUp(args); goOn || code != exitUsage {
 			t.Errorf("%v: code %d, go on %v; want a usage error", args, code, goOn)
 		}
@@ -69,12 +73,13 @@ func TestDispatch(t *testing.T) {
 	if _, program := run("devcluster", "exec", "kubectl", "get", "ns"); program != (ran{"kubectl", 2}) {
 		t.Errorf("by exec: %v", program)
 	}
-	for _, argv := range [][]string{{"devcluster"}, {"devcluster", "nonsense"}, {"devcluster", "exec"}, {"devcluster", "exec", "nonsense"}} {
+	for _, argv := range [][]string{{"devcluster"}, {"devcluster", "nonsense"}, {"devcluster", "down", "x"}, {"devcluster", "image"},
+		{"devcluster", "image", "save"}, {"devcluster", "image", "load", "x.tar"}, {"devcluster", "image", "load", "--dir", "x"}, {"devcluster", "node-run"}, {"devcluster", "exec"}, {"devcluster", "exec", "nonsense"}} {
 		if code, program := run(argv...); code != exitUsage || program != nil {
 			t.Errorf("%v: code %d, program %v; want a usage error", argv, code, program)
 		}
 	}
-	for _, argv := range [][]string{{"devcluster", "--help"}, {"devcluster", "up", "--help"}, {"devcluster", "ctl", "-h"}} {
+	for _, argv := range [][]string{{"devcluster", "--help"}, {"devcluster", "up", "--help"}, {"devcluster", "ctl", "-h"}, {"devcluster", "down", "-h"}, {"devcluster", "image", "-h"}} {
 		if code, program := run(argv...); code != exitOK || program != nil {
 			t.Errorf("%v: code %d, program %v; want help", argv, code, program)
 		}

@@ -23,7 +23,9 @@ one line for each component: its name, state and process id.
   pause COMPONENT     freeze the process (SIGSTOP): connections hang
   resume COMPONENT    let it go on (SIGCONT)
 
-Components: etcd, kube-apiserver, kube-controller-manager.
+Components: etcd, kube-apiserver, kube-controller-manager; with a node also
+kube-scheduler, coredns, containerd, kubelet, kube-proxy, whose process ids are
+those inside its namespaces, as are all others then.
 `
 
 func ctl(args []string) int {

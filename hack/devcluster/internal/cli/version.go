@@ -12,6 +12,7 @@ import (
 var versioned = []struct{ label, module string }{
 	{"kubernetes", "k8s.io/kubernetes"},
 	{"etcd", "go.etcd.io/etcd/server/v3"},
+	{"coredns", "github.com/coredns/coredns"},
 }
 
 func version() int {

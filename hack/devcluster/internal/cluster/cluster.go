@@ -1,5 +1,5 @@
-// Package cluster runs the components of one control plane: starts them in
-// order, waits until they are ready, notices when one dies, and stops, starts
+// Package cluster runs the components of one cluster, the control plane and
+// perhaps a node: starts them in order, waits until they are ready, notices when one dies, and stops, starts
 // and pauses single ones on request.
 package cluster
 
@@ -28,13 +28,15 @@ type Config struct {
 	Assets            assets.Finder
 	Audit             bool
 	ControllerManager bool
+	// Node is nil for a cluster that runs no pods.
+	Node *NodeConfig
 	// Timeout bounds how long one component may take to become ready.
 	Timeout time.Duration
 	// Progress takes short messages for people.
 	Progress func(format string, args ...any)
 }
 
-// Cluster is a running control plane.
+// Cluster is a running cluster.
 type Cluster struct {
 	cfg Config
 	env *environment
@@ -129,9 +131,12 @@ func (c *Cluster) Shutdown() {
 // startMember starts a component and waits until it is ready. If it does not
 // get there, it is stopped again.
 func (c *Cluster) startMember(ctx context.Context, m *member) error {
-	program, err := c.cfg.Assets.Find(m.name)
-	if err != nil {
-		return err
+	program := assets.Program{Path: m.path, Arg0: m.path}
+	if m.path == "" {
+		var err error
+		if program, err = c.cfg.Assets.Find(m.name); err != nil {
+			return err
+		}
 	}
 	log := c.env.dir.File(m.name + ".log")
 	p, err := process.Start(process.Spec{

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"geminibatch.dev/devcluster/internal/assets"
+	"geminibatch.dev/devcluster/internal/node"
 	"geminibatch.dev/devcluster/internal/workdir"
 )
 
@@ -107,5 +108,40 @@ func TestAPIServerArguments(t *testing.T) {
 	}
 	if n := len(e.components()); n != 2 {
 		t.Errorf("%d components without the controller manager, want 2", n)
+	}
+}
+
+func TestNodeConfiguration(t *testing.T) {
+	cfg, _ := config(t, "")
+	cfg.ControllerManager = true
+	cfg.Node = &NodeConfig{Programs: node.Programs{Containerd: "/usr/bin/containerd", CNI: "/usr/lib/cni"}}
+	e, err := newEnvironment(cfg, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.ports.Release()
+	if args := strings.Join(e.kubeAPIServer().args, " "); !strings.Contains(args, "--authorization-mode=Node,RBAC") ||
+		strings.Contains(args, "--bind-address=127.0.0.1") {
+		t.Errorf("API server: %s", args)
+	}
+	for file, want := range map[string]string{
+		containerdConfigFile: `bin_dir = "/usr/lib/cni"`,
+		cniConfigFile:        `[[{"subnet": "10.244.0.0/16"}]]`,
+		kubeletConfigFile:    "containerRuntimeEndpoint: unix://" + cfg.Dir.File("containerd.sock") + "\n",
+		proxyConfigFile:      "hostnameOverride: devcluster\n",
+		corefile:             "kubeconfig " + cfg.Dir.File("coredns.kubeconfig") + "\n",
+	} {
+		content, err := os.ReadFile(cfg.Dir.File(file))
+		if err != nil || !strings.Contains(string(content), want) || strings.Contains(string(content), "<no value>") {
+			t.Errorf("%s: %v; want %q in\n%s", file, err, want, content)
+		}
+	}
+	var names []string
+	for _, component := range e.components() {
+		names = append(names, component.name)
+	}
+	want := "etcd kube-apiserver kube-controller-manager kube-scheduler coredns containerd kubelet kube-proxy"
+	if got := strings.Join(names, " "); got != want {
+		t.Errorf("components %s, want %s", got, want)
 	}
 }

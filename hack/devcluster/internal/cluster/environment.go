@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"net"
 	"os"
 
 	"geminibatch.dev/devcluster/internal/access"
@@ -25,6 +26,12 @@ const (
 	portFile  = "ports.json"
 )
 
+// ListenOutside listens on the port that the API server is going to have inside
+// the namespaces of a node, so that one kubeconfig is right on both sides.
+func ListenOutside(dir *workdir.Dir) (net.Listener, error) {
+	return ports.Listen(dir.File(portFile), portAPIServer)
+}
+
 // environment is what the components are configured from.
 type environment struct {
 	dir               *workdir.Dir
@@ -34,12 +41,13 @@ type environment struct {
 	probe             *probe
 	audit             bool
 	controllerManager bool
+	node              *NodeConfig
 }
 
 // newEnvironment makes keys, tokens and files, or takes those already there,
 // and reserves ports. With freshPorts the remembered ones are not tried.
 func newEnvironment(cfg Config, freshPorts bool) (*environment, error) {
-	e := &environment{dir: cfg.Dir, audit: cfg.Audit, controllerManager: cfg.ControllerManager}
+	e := &environment{dir: cfg.Dir, audit: cfg.Audit, controllerManager: cfg.ControllerManager, node: cfg.Node}
 	// A file from an earlier run must not look as if this one were ready.
 	if err := os.RemoveAll(e.dir.File(KubeconfigFile)); err != nil {
 		return nil, err
@@ -63,7 +71,11 @@ func newEnvironment(cfg Config, freshPorts bool) (*environment, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := e.writeKubeconfig(e.dir.File(controllerManagerKubeconfig), access.ControllerManager); err != nil {
+	err = e.writeKubeconfig(e.dir.File(controllerManagerKubeconfig), access.ControllerManager)
+	if err == nil && e.node != nil {
+		err = e.writeNodeFiles()
+	}
+	if err != nil {
 		e.ports.Release()
 		return nil, err
 	}
@@ -75,6 +87,9 @@ func (e *environment) components() []component {
 	list := []component{e.etcd(), e.kubeAPIServer()}
 	if e.controllerManager {
 		list = append(list, e.kubeControllerManager())
+	}
+	if e.node != nil {
+		list = append(list, e.nodeComponents()...)
 	}
 	return list
 }

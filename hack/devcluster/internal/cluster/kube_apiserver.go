@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"geminibatch.dev/devcluster/internal/access"
+	"geminibatch.dev/devcluster/internal/node"
 )
 
 const serviceRange = "10.0.0.0/24"
@@ -22,17 +23,11 @@ func (e *environment) kubeAPIServer() component {
 	port := e.ports[portAPIServer]
 	args := []string{
 		"--etcd-servers=" + etcdURL(e.ports[portEtcdClient].Port),
-		"--bind-address=127.0.0.1",
 		fmt.Sprintf("--secure-port=%d", port.Port),
-		// Without these two, the server looks for a network interface other
-		// than loopback and fails on a machine that has none.
-		"--advertise-address=127.0.0.1",
-		"--endpoint-reconciler-type=none",
 		"--cert-dir=" + e.dir.File("pki"),
 		"--tls-cert-file=" + e.pki.ServingCert,
 		"--tls-private-key-file=" + e.pki.ServingKey,
 		"--token-auth-file=" + e.dir.File(tokenFile),
-		"--authorization-mode=RBAC",
 		"--service-account-issuer=https://kubernetes.default.svc",
 		"--service-account-key-file=" + e.pki.ServiceAccountPub,
 		"--service-account-signing-key-file=" + e.pki.ServiceAccountKey,
@@ -40,6 +35,7 @@ func (e *environment) kubeAPIServer() component {
 		"--allow-privileged=true",
 		"--profiling=false",
 	}
+	args = append(args, e.apiServerNetwork()...)
 	if port.Shared {
 		args = append(args, "--permit-port-sharing=true")
 	}
@@ -61,6 +57,30 @@ func (e *environment) kubeAPIServer() component {
 			}
 			return e.probe.get(ctx, e.serverURL()+"/api/v1/namespaces/default")
 		},
+	}
+}
+
+// apiServerNetwork says where it is reached, and by whom.
+func (e *environment) apiServerNetwork() []string {
+	if e.node == nil {
+		return []string{
+			"--bind-address=127.0.0.1",
+			// Without these two, the server looks for a network interface
+			// other than loopback and fails on a machine that has none.
+			"--advertise-address=127.0.0.1",
+			"--endpoint-reconciler-type=none",
+			"--authorization-mode=RBAC",
+		}
+	}
+	return []string{
+		"--bind-address=0.0.0.0",
+		"--advertise-address=" + node.Address,
+		"--authorization-mode=Node,RBAC",
+		"--enable-admission-plugins=NodeRestriction",
+		// For logs, exec and port-forward it asks kubelet.
+		"--kubelet-preferred-address-types=InternalIP",
+		"--kubelet-client-certificate=" + e.pki.KubeletClientCert,
+		"--kubelet-client-key=" + e.pki.KubeletClientKey,
 	}
 }
 

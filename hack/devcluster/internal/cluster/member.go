@@ -24,7 +24,9 @@ const (
 
 // component says how one program of the cluster is run.
 type component struct {
-	name  string
+	name string
+	// path is a program of this machine, for one that is not built in.
+	path  string
 	args  []string
 	grace time.Duration
 	// ready fails until the component does its work.

@@ -42,9 +42,15 @@ func newProbe(caFile, token string) (*probe, error) {
 
 // get succeeds when the answer is 200.
 func (p *probe) get(ctx context.Context, url string) error {
+	_, err := p.read(ctx, url)
+	return err
+}
+
+// read returns what an answer of 200 holds.
+func (p *probe) read(ctx context.Context, url string) ([]byte, error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if request.URL.Scheme == "https" {
 		request.Header.Set("Authorization", "Bearer "+p.token)
@@ -52,12 +58,15 @@ func (p *probe) get(ctx context.Context, url string) error {
 	request.Header.Set("User-Agent", "devcluster")
 	response, err := p.client.Do(request)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer func() { _ = response.Body.Close() }()
-	_, _ = io.Copy(io.Discard, response.Body)
-	if response.StatusCode != http.StatusOK {
-		return fmt.Errorf("GET %s: %s", request.URL.Path, response.Status)
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		return nil, err
 	}
-	return nil
+	if response.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("GET %s: %s", request.URL.Path, response.Status)
+	}
+	return body, nil
 }

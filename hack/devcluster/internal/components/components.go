@@ -1,9 +1,9 @@
 // Package components holds the entry points of the programs built into the
-// devcluster binary. It is the only package that links Kubernetes and etcd;
+// devcluster binary. It is the only package that links Kubernetes, etcd and CoreDNS;
 // everything else stays quick to build and test.
 //
-// Each program has a file of its own. To add one (kube-scheduler, kubelet,
-// kube-proxy), write that file and name it in the table below.
+// Each program has a file of its own. To add one, write that file and name it
+// in the table below, or in the one of node_linux.go.
 package components
 
 import (

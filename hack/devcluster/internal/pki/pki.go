@@ -1,7 +1,7 @@
 // Package pki makes the keys and certificates of a cluster: a certificate
-// authority, the serving certificate of the API server, and the key pair that
-// signs service account tokens. They are for local tests and live as long as
-// the cluster's directory.
+// authority, the API server's certificates towards its clients and towards
+// kubelet, and the key pair that signs service account tokens. They are for
+// local tests and live as long as the cluster's directory.
 package pki
 
 import (
@@ -26,6 +26,8 @@ type Files struct {
 	CACert            string
 	ServingCert       string
 	ServingKey        string
+	KubeletClientCert string
+	KubeletClientKey  string
 	ServiceAccountKey string
 	ServiceAccountPub string
 }
@@ -36,6 +38,8 @@ func Ensure(dir string, serviceIP net.IP) (Files, error) {
 		CACert:            filepath.Join(dir, "ca.crt"),
 		ServingCert:       filepath.Join(dir, "apiserver.crt"),
 		ServingKey:        filepath.Join(dir, "apiserver.key"),
+		KubeletClientCert: filepath.Join(dir, "kubelet-client.crt"),
+		KubeletClientKey:  filepath.Join(dir, "kubelet-client.key"),
 		ServiceAccountKey: filepath.Join(dir, "service-account.key"),
 		ServiceAccountPub: filepath.Join(dir, "service-account.pub"),
 	}
@@ -45,8 +49,8 @@ func Ensure(dir string, serviceIP net.IP) (Files, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return Files{}, err
 	}
-	if err := files.writeServing(serviceIP); err != nil {
-		return Files{}, fmt.Errorf("making the serving certificate: %w", err)
+	if err := files.writeCertificates(serviceIP); err != nil {
+		return Files{}, fmt.Errorf("making the certificates: %w", err)
 	}
 	if err := files.writeServiceAccount(); err != nil {
 		return Files{}, fmt.Errorf("making the service account key: %w", err)
@@ -55,7 +59,8 @@ func Ensure(dir string, serviceIP net.IP) (Files, error) {
 }
 
 func (f Files) complete() bool {
-	for _, path := range []string{f.CACert, f.ServingCert, f.ServingKey, f.ServiceAccountKey, f.ServiceAccountPub} {
+	for _, path := range []string{f.CACert, f.ServingCert, f.ServingKey, f.KubeletClientCert, f.KubeletClientKey,
+		f.ServiceAccountKey, f.ServiceAccountPub} {
 		if info, err := os.Stat(path); err != nil || info.Size() == 0 {
 			return false
 		}
@@ -63,9 +68,9 @@ func (f Files) complete() bool {
 	return true
 }
 
-// writeServing makes the authority and one certificate. The authority's key is
-// not kept: nothing else is to be signed with it.
-func (f Files) writeServing(serviceIP net.IP) error {
+// writeCertificates makes the authority and what it signs. The authority's key
+// is not kept: nothing else is to be signed with it.
+func (f Files) writeCertificates(serviceIP net.IP) error {
 	caKey, err := newKey()
 	if err != nil {
 		return err
@@ -87,23 +92,35 @@ func (f Files) writeServing(serviceIP net.IP) error {
 	if ca, err = x509.ParseCertificate(caDER); err != nil {
 		return err
 	}
-
-	key, err := newKey()
-	if err != nil {
-		return err
-	}
 	serving := &x509.Certificate{
 		SerialNumber: big.NewInt(now.UnixNano() + 1),
 		Subject:      pkix.Name{CommonName: "kube-apiserver"},
-		NotBefore:    ca.NotBefore,
-		NotAfter:     ca.NotAfter,
-		KeyUsage:     x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 		DNSNames: []string{"localhost", "kubernetes", "kubernetes.default",
 			"kubernetes.default.svc", "kubernetes.default.svc.cluster.local"},
 		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1), serviceIP},
 	}
-	der, err := x509.CreateCertificate(rand.Reader, serving, ca, key.Public(), caKey)
+	// With this one the API server asks kubelet for logs and the like.
+	kubeletClient := &x509.Certificate{
+		SerialNumber: big.NewInt(now.UnixNano() + 2),
+		Subject:      pkix.Name{CommonName: "kube-apiserver-kubelet-client", Organization: []string{"system:masters"}},
+		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}
+	return firstError(
+		writePEM(f.CACert, "CERTIFICATE", caDER),
+		writeSigned(f.ServingCert, f.ServingKey, serving, ca, caKey),
+		writeSigned(f.KubeletClientCert, f.KubeletClientKey, kubeletClient, ca, caKey),
+	)
+}
+
+// writeSigned makes a key and its certificate, as valid as the authority's.
+func writeSigned(certFile, keyFile string, template, ca *x509.Certificate, caKey *ecdsa.PrivateKey) error {
+	key, err := newKey()
+	if err != nil {
+		return err
+	}
+	template.NotBefore, template.NotAfter, template.KeyUsage = ca.NotBefore, ca.NotAfter, x509.KeyUsageDigitalSignature
+	der, err := x509.CreateCertificate(rand.Reader, template, ca, key.Public(), caKey)
 	if err != nil {
 		return err
 	}
@@ -112,9 +129,8 @@ func (f Files) writeServing(serviceIP net.IP) error {
 		return err
 	}
 	return firstError(
-		writePEM(f.CACert, "CERTIFICATE", caDER),
-		writePEM(f.ServingCert, "CERTIFICATE", der),
-		writePEM(f.ServingKey, "PRIVATE KEY", keyDER),
+		writePEM(certFile, "CERTIFICATE", der),
+		writePEM(keyFile, "PRIVATE KEY", keyDER),
 	)
 }
 

@@ -31,6 +31,28 @@ func TestServingCertificateIsTrustedForEveryName(t *testing.T) {
 	}
 }
 
+func TestKubeletTrustsTheAPIServer(t *testing.T) {
+	files, err := Ensure(t.TempDir(), net.IPv4(10, 0, 0, 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	ca, err := os.ReadFile(files.CACert)
+	if err != nil || !roots.AppendCertsFromPEM(ca) {
+		t.Fatalf("the CA file holds no certificate: %v", err)
+	}
+	pair, err := tls.LoadX509KeyPair(files.KubeletClientCert, files.KubeletClientKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pair.Leaf.Verify(x509.VerifyOptions{Roots: roots, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); err != nil {
+		t.Error(err)
+	}
+	if groups := pair.Leaf.Subject.Organization; len(groups) != 1 || groups[0] != "system:masters" {
+		t.Errorf("groups %v", groups)
+	}
+}
+
 func TestEnsureKeepsWhatIsThere(t *testing.T) {
 	dir := t.TempDir()
 	read := func() []byte {

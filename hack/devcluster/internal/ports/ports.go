@@ -13,6 +13,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
+	"net"
 	"os"
 )
 
@@ -73,15 +75,34 @@ func ReserveAll(file string, fresh bool, purposes ...string) (Set, error) {
 		set[purpose] = reservation
 		numbers[purpose] = reservation.Port
 	}
-	content, err := json.Marshal(numbers)
-	if err == nil {
-		err = os.WriteFile(file, append(content, '\n'), 0o600)
-	}
-	if err != nil {
+	if err := write(file, numbers); err != nil {
 		set.Release()
 		return nil, err
 	}
 	return set, nil
+}
+
+// Listen listens on the port that the file remembers for the purpose, or on
+// another when that is taken, and remembers it.
+func Listen(file, purpose string) (net.Listener, error) {
+	remembered, err := read(file)
+	if err != nil {
+		return nil, err
+	}
+	listener, err := net.Listen("tcp4", fmt.Sprintf("127.0.0.1:%d", remembered[purpose]))
+	if err != nil {
+		if listener, err = net.Listen("tcp4", "127.0.0.1:0"); err != nil {
+			return nil, err
+		}
+	}
+	numbers := map[string]int{}
+	maps.Copy(numbers, remembered)
+	numbers[purpose] = listener.Addr().(*net.TCPAddr).Port
+	if err := write(file, numbers); err != nil {
+		_ = listener.Close()
+		return nil, err
+	}
+	return listener, nil
 }
 
 // Release gives all ports up.
@@ -89,6 +110,14 @@ func (s Set) Release() {
 	for _, reservation := range s {
 		reservation.Release()
 	}
+}
+
+func write(file string, numbers map[string]int) error {
+	content, err := json.Marshal(numbers)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(file, append(content, '\n'), 0o600)
 }
 
 func read(file string) (map[string]int, error) {

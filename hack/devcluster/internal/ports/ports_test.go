@@ -111,3 +111,31 @@ func TestRememberedPorts(t *testing.T) {
 		t.Errorf("port %d is taken: got %d, %d", a, a3, b3)
 	}
 }
+
+func TestListenRemembersItsPort(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "ports.json")
+	first, err := Listen(file, "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := first.Addr().(*net.TCPAddr).Port
+	other, err := Listen(file, "a") // taken: another one
+	if err != nil {
+		t.Fatal(err)
+	}
+	if other.Addr().(*net.TCPAddr).Port == port {
+		t.Errorf("port %d was given twice", port)
+	}
+	_ = first.Close()
+	port = other.Addr().(*net.TCPAddr).Port
+	_ = other.Close()
+	// Inside the network namespace the cluster takes the same one.
+	set, err := ReserveAll(file, false, "a", "b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer set.Release()
+	if set["a"].Port != port {
+		t.Errorf("got port %d, want %d", set["a"].Port, port)
+	}
+}

@@ -21,12 +21,12 @@ func WatchParent(ctx context.Context, gone func(reason string)) {
 // WatchPID calls gone when the process with this pid ends. It is an error when
 // there is none to begin with.
 func WatchPID(ctx context.Context, pid int, gone func(reason string)) error {
-	first, alive := identity(pid)
+	first, alive := Identity(pid)
 	if !alive {
 		return fmt.Errorf("there is no process %d to watch", pid)
 	}
 	go poll(ctx, func() bool {
-		now, alive := identity(pid)
+		now, alive := Identity(pid)
 		return alive && now == first
 	}, func() {
 		gone(fmt.Sprintf("the watched process %d is gone", pid))

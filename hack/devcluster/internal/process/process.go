@@ -17,8 +17,13 @@ type Spec struct {
 	// Path is executed with Args, of which the first is its name.
 	Path string
 	Args []string
-	// Log is the file its output is appended to.
+	// Log is the file its output is appended to. Without one, the child has our
+	// own stdout and stderr.
 	Log string
+	// Files become its file descriptors 3, 4 and so on.
+	Files []*os.File
+	// Configure changes how the child is made, on systems that can.
+	Configure func(*syscall.SysProcAttr)
 }
 
 // Process is a started child.
@@ -32,31 +37,37 @@ type Process struct {
 
 // Start starts a child.
 func Start(spec Spec) (*Process, error) {
-	log, err := os.OpenFile(spec.Log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = log.Close() }()
-	info, err := log.Stat()
-	if err != nil {
-		return nil, err
-	}
 	process := &Process{
 		cmd: &exec.Cmd{
-			Path:   spec.Path,
-			Args:   spec.Args,
-			Env:    environment(),
-			Stdout: log,
-			Stderr: log,
+			Path:       spec.Path,
+			Args:       spec.Args,
+			Env:        environment(),
+			Stdout:     os.Stdout,
+			Stderr:     os.Stderr,
+			ExtraFiles: spec.Files,
 			// A group of its own: Ctrl-C in a terminal reaches only us,
 			// and we take the children down in order.
 			SysProcAttr: &syscall.SysProcAttr{Setpgid: true},
 		},
-		log:      spec.Log,
-		logStart: info.Size(),
-		done:     make(chan struct{}),
+		log:  spec.Log,
+		done: make(chan struct{}),
+	}
+	if spec.Log != "" {
+		log, err := os.OpenFile(spec.Log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		defer func() { _ = log.Close() }()
+		info, err := log.Stat()
+		if err != nil {
+			return nil, err
+		}
+		process.cmd.Stdout, process.cmd.Stderr, process.logStart = log, log, info.Size()
 	}
 	dieWithParent(process.cmd.SysProcAttr)
+	if spec.Configure != nil {
+		spec.Configure(process.cmd.SysProcAttr)
+	}
 	if err := spawn(process.cmd); err != nil {
 		return nil, fmt.Errorf("cannot start %s: %w", spec.Path, err)
 	}
@@ -89,6 +100,9 @@ func (p *Process) Stopping() bool { return p.stopping.Load() }
 
 // ExitStatus tells how the process ended; call it after Done.
 func (p *Process) ExitStatus() string { return p.cmd.ProcessState.String() }
+
+// Succeeded tells whether it ended with exit code 0; call it after Done.
+func (p *Process) Succeeded() bool { return p.cmd.ProcessState.Success() }
 
 // Stop asks the process to end, makes it end after the grace period, and
 // returns when it has. Without a grace period it is killed at once.

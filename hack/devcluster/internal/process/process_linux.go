@@ -12,9 +12,9 @@ func dieWithParent(attr *syscall.SysProcAttr) {
 	attr.Pdeathsig = syscall.SIGKILL
 }
 
-// identity returns what tells this process from a later one with the same pid,
+// Identity returns what tells this process from a later one with the same pid,
 // its start time, and false when the process is gone or a zombie.
-func identity(pid int) (string, bool) {
+func Identity(pid int) (string, bool) {
 	content, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return "", false

@@ -8,8 +8,8 @@ import "syscall"
 // by SIGKILL stay behind.
 func dieWithParent(*syscall.SysProcAttr) {}
 
-// identity can only tell whether some process has this pid.
-func identity(pid int) (string, bool) {
+// Identity can only tell whether some process has this pid.
+func Identity(pid int) (string, bool) {
 	err := syscall.Kill(pid, 0)
 	return "", err == nil || err == syscall.EPERM
 }

@@ -54,6 +54,11 @@ func Open(path, parent string) (*Dir, error) {
 	return dir, nil
 }
 
+// Adopt takes a directory that the process above us holds, and closes.
+func Adopt(path string, temporary bool) *Dir {
+	return &Dir{Path: path, Temporary: temporary}
+}
+
 func (d *Dir) create(parent string) (err error) {
 	if d.Temporary {
 		if parent, err = filepath.Abs(parent); err != nil {
@@ -126,17 +131,40 @@ func (d *Dir) Close() error {
 }
 
 // RemoveStale removes the temporary directories under parent whose cluster is
-// gone, and returns their paths. Directories of other users, directories in
-// use and directories just being set up stay.
-func RemoveStale(parent string) []string {
-	var removed []string
+// gone, and returns their paths and what went wrong. Directories of other users,
+// directories in use and directories just being set up stay. cleanUp is called
+// with each directory first; one that it fails for stays.
+func RemoveStale(parent string, cleanUp func(path string) error) (removed []string, err error) {
 	paths, _ := filepath.Glob(filepath.Join(parent, Prefix+"*"))
 	for _, path := range paths {
-		if isStale(path) && os.RemoveAll(path) == nil {
-			removed = append(removed, path)
+		if !isStale(path) {
+			continue
 		}
+		failure := cleanUp(path)
+		if failure == nil {
+			failure = os.RemoveAll(path)
+		}
+		if failure != nil {
+			err = errors.Join(err, fmt.Errorf("%s is left by a cluster that is gone: %w", path, failure))
+			continue
+		}
+		removed = append(removed, path)
 	}
-	return removed
+	return removed, err
+}
+
+// Holder returns the process that runs a cluster in the directory, 0 when
+// nobody does.
+func Holder(path string) int {
+	file, err := os.Open(filepath.Join(path, pidFile))
+	if err != nil {
+		return 0
+	}
+	defer func() { _ = file.Close() }()
+	if tryLock(file) == nil {
+		return 0
+	}
+	return readPid(path)
 }
 
 func isStale(path string) bool {

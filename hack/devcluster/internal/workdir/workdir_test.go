@@ -1,6 +1,7 @@
 package workdir
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -87,14 +88,49 @@ func TestRemoveStale(t *testing.T) {
 	}
 	defer func() { _ = live.Close() }()
 
-	got := RemoveStale(parent)
+	stubborn := make(Prefix+"stubborn", "999999998\n", 0)
+	var cleaned []string
+	got, err := RemoveStale(parent, func(path string) error {
+		cleaned = append(cleaned, path)
+		if path == stubborn {
+			return errors.New("still busy")
+		}
+		return nil
+	})
+	if err == nil || !strings.Contains(err.Error(), stubborn) || !strings.Contains(err.Error(), "still busy") {
+		t.Errorf("error %v", err)
+	}
+	slices.Sort(cleaned)
+	if want := []string{abandoned, dead, stubborn}; !slices.Equal(cleaned, want) {
+		t.Errorf("cleaned up %v, want %v", cleaned, want)
+	}
 	slices.Sort(got)
 	if want := []string{abandoned, dead}; !slices.Equal(got, want) {
 		t.Errorf("removed %v, want %v", got, want)
 	}
-	for _, kept := range []string{live.Path, filepath.Join(parent, Prefix+"starting"), filepath.Join(parent, "something-else")} {
+	for _, kept := range []string{live.Path, stubborn, filepath.Join(parent, Prefix+"starting"), filepath.Join(parent, "something-else")} {
 		if _, err := os.Stat(kept); err != nil {
 			t.Errorf("%s should have stayed: %v", kept, err)
 		}
+	}
+}
+
+func TestHolder(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "d")
+	if pid := Holder(path); pid != 0 {
+		t.Errorf("a directory that is not there is held by %d", pid)
+	}
+	dir, err := Open(path, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if pid := Holder(path); pid != os.Getpid() {
+		t.Errorf("held by %d, want %d", pid, os.Getpid())
+	}
+	if err := dir.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if pid := Holder(path); pid != 0 {
+		t.Errorf("after the end it is held by %d", pid)
 	}
 }

@@ -35,7 +35,8 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::{machine, mail};
+use super::mail;
+use crate::machine;
 
 /// Which server.
 #[derive(Clone, Debug, Serialize, Deserialize)]
