@@ -33,6 +33,9 @@ pub const KEYS: [(&str, &str); 3] = [("key-a", "project"), ("key-b", "project"),
 /// After so many kills the submissions that are not confirmed get the time to be.
 const KILLS_BETWEEN_RESTS: usize = 12;
 
+/// Between the end of a controller that is to stay and its next start.
+const RESTART_PAUSE: Duration = Duration::from_millis(500);
+
 /// Unfinished jobs of a cell at most, as a multiple of those whose submission goes on.
 const MOST_UNFINISHED: usize = 8;
 
@@ -739,11 +742,29 @@ impl Cell {
             }
             last
         };
-        let operators: Vec<Operator> = last.into_iter().map(|slot| slot.operator).collect();
-        self.settle().await?;
+        let mut last: [Slot; 2] =
+            last.try_into().map_err(|_| anyhow::anyhow!("two controllers were started"))?;
+        tokio::select! {
+            settled = self.settle() => settled?,
+            never = self.keep_running(&mut last) => never?,
+        }
         self.done.store(true, Ordering::SeqCst);
         looker.await?;
-        Ok(operators)
+        Ok(last.map(|slot| slot.operator).into())
+    }
+
+    /// Starts anew what ends, as Kubernetes would: a controller that begins while the API server still restarts gives up.
+    async fn keep_running(&self, slots: &mut [Slot; 2]) -> anyhow::Result<()> {
+        loop {
+            let [a, b] = &mut *slots;
+            let slot = tokio::select! {
+                () = a.operator.ended() => 0,
+                () = b.operator.ended() => 1,
+            };
+            self.note_end(&slots[slot], false);
+            tokio::time::sleep(RESTART_PAUSE).await;
+            slots[slot] = self.start(slot, true)?;
+        }
     }
 
     /// Waits until every job has ended, for long enough.
