@@ -67,7 +67,7 @@ pub async fn run(
 }
 
 /// Whose batches are asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Whom {
     /// Of all jobs.
     All,
@@ -84,8 +84,9 @@ impl Whom {
 /// What is remembered from sweep to sweep.
 #[derive(Default)]
 struct Before {
-    /// Of each key: pages of its last listing, and sweeps without one since.
-    keys: HashMap<String, (usize, u32)>,
+    /// Of each key: pages of its last listing, and sweeps without one since. Apart for the lists that go no further back
+    /// than what is polled: those heal only part of what there may be to heal.
+    keys: HashMap<(String, Whom), (usize, u32)>,
     /// Batches that were told of.
     told: HashSet<String>,
 }
@@ -118,10 +119,11 @@ async fn once(
     tell_the_uncollected(ctx, store);
     for (credential, jobs) in by_key(ctx, store, whom).await {
         let key = &credential.fingerprint;
+        let listed = (key.clone(), whom);
         let unfinished = || jobs.iter().filter(|j| j.unfinished);
-        let (pages, direct) = before.keys.get(key).copied().unwrap_or_default();
+        let (pages, direct) = before.keys.get(&listed).copied().unwrap_or_default();
         if jobs.len() < pages && direct < DIRECT_ROUNDS {
-            before.keys.insert(key.clone(), (pages, direct + 1));
+            before.keys.insert(listed, (pages, direct + 1));
             unfinished().for_each(|j| wake(&j.uid, &j.object));
             continue;
         }
@@ -135,7 +137,7 @@ async fn once(
                 continue;
             }
         };
-        before.keys.insert(key.clone(), (listing.pages, 0));
+        before.keys.insert(listed, (listing.pages, 0));
         let goes_on = |j: &&Active| j.batch.as_ref().is_some_and(|name| listing.live.contains(name));
         unfinished().filter(|j| !goes_on(j)).for_each(|j| wake(&j.uid, &j.object));
 

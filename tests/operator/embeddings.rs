@@ -192,7 +192,12 @@ async fn a_webhook_that_is_refused_is_done_without() {
 async fn only_what_has_no_webhook_is_polled() {
     let env = started(Switches { lose_events: true, ..refusing() }).await;
     env.create("hooked", spec(&["x"], None)).await;
-    running(&env, "hooked").await;
+    let hooked = batch_of(&running(&env, "hooked").await);
+    let start = Instant::now();
+    while !env.sim.batches().iter().any(|b| b.name == hooked && b.state == "SUCCEEDED") {
+        assert!(start.elapsed() < PATIENCE, "{:?}", env.sim.batches());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     env.create("polled", embed(&["x [[sim:job=stall]]"], None)).await;
     let polled = running(&env, "polled").await;
     env.until_asked(Op::BatchList, 3).await;
