@@ -17,9 +17,12 @@ pub(crate) const MAX_INLINE_BYTES: usize = 20 << 20;
 /// A batch that is not over by then expires.
 const LONGEST_LIFE: Duration = Duration::from_hours(48);
 
-/// Names that the service knows: anything that looks like one of Google's.
-fn model_exists(model: &str) -> bool {
+/// Names that the service knows for this call: anything that looks like one of Google's, and embeds or does not.
+fn model_exists(model: &str, embed: bool) -> bool {
     let id = model.strip_prefix("models/").unwrap_or(model);
+    if !model.starts_with("tunedModels/") && id.contains("embedding") != embed {
+        return false;
+    }
     model.starts_with("tunedModels/")
         || ["gemini-1", "gemini-2", "gemini-3", "gemini-embedding", "gemini-flash", "gemini-pro", "gemma"]
             .iter()
@@ -108,21 +111,12 @@ pub(crate) fn create(
     let Some(batch) = body.get("batch").filter(|b| b.is_object()) else {
         return Err(ApiError::invalid("* BatchGenerateContentRequest.batch: batch is required"));
     };
-    only(
-        batch,
-        &[
-            "displayName",
-            "display_name",
-            "inputConfig",
-            "input_config",
-            "priority",
-            "webhookConfig",
-            "webhook_config",
-            "model",
-            "name",
-        ],
-        "batch",
-    )?;
+    let mut known =
+        vec!["displayName", "display_name", "inputConfig", "input_config", "priority", "model", "name"];
+    if !(embed && shared.lock().switches.embed_webhook_refused) {
+        known.extend(["webhookConfig", "webhook_config"]);
+    }
+    only(batch, &known, "batch")?;
     let display_name =
         field(batch, "displayName", "display_name").and_then(Value::as_str).unwrap_or_default();
     subject.display_name = Some(display_name.to_owned());
@@ -146,7 +140,7 @@ pub(crate) fn create(
         .filter_map(|u| u.as_str().map(ToOwned::to_owned))
         .collect();
 
-    if !model_exists(model) {
+    if !model_exists(model, embed) {
         return Err(ApiError::not_found(format!(
             "{model} is not found for API version {version}, or is not supported for {}. Call ListModels \
               to see the list of available models and their supported methods.",

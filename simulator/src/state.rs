@@ -34,6 +34,8 @@ pub struct Switches {
     pub cancel_event: bool,
     /// Batches of embeddings tell their end.
     pub embed_events: bool,
+    /// Batches of embeddings take no `webhookConfig`: it is a field that they do not have.
+    pub embed_webhook_refused: bool,
     /// Deliveries are repeated with the timestamp and signature of the first.
     pub frozen_timestamps: bool,
     /// Events are lost.
@@ -87,6 +89,7 @@ impl Default for Switches {
             event_id_with_prefix: false,
             cancel_event: false,
             embed_events: true,
+            embed_webhook_refused: false,
             frozen_timestamps: false,
             lose_events: false,
             close_connections: false,

@@ -179,7 +179,12 @@ fn answer(request: &Value, text: &str, embed: bool, fail_rate: f64) -> Value {
         let size = wanted.and_then(Value::as_u64).unwrap_or(8).min(3072);
         let byte = |i: u64| f64::from(digest.as_bytes()[usize::try_from(i % 64).unwrap_or(0)]) / 128.0 - 0.5;
         let values: Vec<f64> = (0..size).map(byte).collect();
-        return json!({"response": {"embedding": {"values": values},
+        let embedding = json!({ "values": values });
+        if directive(text, "token-count").is_some() {
+            // as users saw it in 2025
+            return json!({"response": {"tokenCount": prompt_tokens.to_string(), "embedding": embedding}});
+        }
+        return json!({"response": {"embedding": embedding,
             "usageMetadata": {"promptTokenCount": prompt_tokens, "totalTokenCount": prompt_tokens}}});
     }
     if directive(text, "blocked").is_some() {

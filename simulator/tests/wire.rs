@@ -367,6 +367,71 @@ async fn embeddings_have_an_operation_of_their_own_shape() {
     assert!(answer["response"]["usageMetadata"]["promptTokenCount"].is_u64());
 }
 
+/// Whether Google does is not known: each of the three answers can be had.
+#[tokio::test]
+async fn embeddings_tell_their_end_or_not_or_take_no_webhook() {
+    const EMBED: &str = "v1beta/models/gemini-embedding-001:asyncBatchEmbedContent";
+    let env = Env::new().await;
+    let receiver = Receiver::new().await;
+    let line =
+        |text: &str| json!({"key": "e", "request": {"content": {"parts": [{"text": text}]}}}).to_string();
+    let batch = json!({"displayName": "e", "inputConfig": {"fileName": env.upload(&line("x")).await},
+        "webhookConfig": {"uris": [receiver.url]}});
+    let create = async || {
+        let created = env.call("POST", EMBED, json!({ "batch": batch })).await.ok();
+        created["name"].as_str().unwrap().to_owned()
+    };
+    let name = create().await;
+    let (_, event) = receiver.next().await;
+    assert_eq!(event["type"], "batch.succeeded");
+    assert_eq!(format!("batches/{}", event["data"]["id"].as_str().unwrap()), name);
+
+    env.set(|s| s.embed_events = false);
+    env.ended(&create().await).await;
+    assert_eq!(env.sim.deliveries().len(), 1, "taken, and never called");
+
+    env.set(|s| s.embed_webhook_refused = true);
+    let refused = env.call("POST", EMBED, json!({ "batch": batch })).await.refused(400, "INVALID_ARGUMENT");
+    let text = "Invalid JSON payload received. Unknown name \"webhookConfig\" at 'batch': Cannot find field.";
+    assert_eq!(refused, text);
+    let mut without = batch.clone();
+    without.as_object_mut().unwrap().remove("webhookConfig");
+    env.call("POST", EMBED, json!({ "batch": without })).await.ok();
+    let mut other = inline(&["x"]);
+    other["webhookConfig"] = batch["webhookConfig"].clone();
+    env.create(other).await; // only embeddings are refused
+    assert_eq!(env.sim.batches().len(), 4, "what is refused creates nothing");
+}
+
+#[tokio::test]
+async fn models_embed_or_generate() {
+    let env = Env::new().await;
+    let embedding = json!({"inputConfig": {"requests": {"requests": [{"request": {"content": {"parts": [{"text": "x"}]}}}]}}});
+    let generate = "v1beta/models/gemini-embedding-001:batchGenerateContent";
+    let refused = env.call("POST", generate, json!({"batch": inline(&["x"])})).await;
+    assert!(refused.refused(404, "NOT_FOUND").contains("not supported for batchGenerateContent"));
+    let embed = "v1beta/models/gemini-2.5-flash:asyncBatchEmbedContent";
+    let refused = env.call("POST", embed, json!({ "batch": embedding })).await;
+    assert!(refused.refused(404, "NOT_FOUND").contains("not supported for asyncBatchEmbedContent"));
+}
+
+#[tokio::test]
+async fn embeddings_come_with_their_usage_in_one_of_two_shapes() {
+    let env = Env::new().await;
+    let item = |text: &str| json!({"request": {"content": {"parts": [{"text": text}]}}});
+    let batch =
+        json!({"inputConfig": {"requests": {"requests": [item("x"), item("x [[sim:token-count]]")]}}});
+    let path = "v1beta/models/gemini-embedding-001:asyncBatchEmbedContent";
+    let created = env.call("POST", path, json!({ "batch": batch })).await.ok();
+    let operation = env.ended(created["name"].as_str().unwrap()).await;
+    let answers = &operation["response"]["inlinedEmbedContentResponses"]["inlinedResponses"];
+    assert_eq!(answers[0]["response"]["usageMetadata"]["promptTokenCount"], 1);
+    assert_eq!(
+        (&answers[1]["response"]["tokenCount"], &answers[1]["response"]["usageMetadata"]),
+        (&json!("6"), &Value::Null)
+    );
+}
+
 #[tokio::test]
 async fn creates_are_validated() {
     let env = Env::new().await;

@@ -12,7 +12,7 @@ mod status;
 pub use reason::Reason;
 pub use spec::{
     ConfigMapKeyRef, Credentials, DeletionPolicy, GeminiBatchJob, GeminiBatchJobSpec, GeminiFileRef,
-    ImportFrom, Input, InputRequest, LocalRef, Output, ReadinessPolicy, Retention, SecretKeyRef,
+    ImportFrom, Input, InputRequest, LocalRef, Method, Output, ReadinessPolicy, Retention, SecretKeyRef,
     SuccessPolicy, SuspendPolicy,
 };
 pub use status::{

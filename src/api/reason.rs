@@ -10,6 +10,8 @@ pub enum Reason {
     Submitted,
     /// Gemini refused for lack of quota; tried again later.
     WaitingForQuota,
+    /// Gemini refused to call back; the batch is asked for without a webhook, and polled.
+    WebhookRefused,
     /// As many batches of this API key run as the operator lets run at once.
     WaitingForSlot,
     /// With `spec.dryRun`: all that a submission needs is there.
@@ -109,10 +111,11 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, for documentation and for tests that none is forgotten.
-    pub const ALL: [Self; 47] = [
+    pub const ALL: [Self; 48] = [
         Self::Submitting,
         Self::Submitted,
         Self::WaitingForQuota,
+        Self::WebhookRefused,
         Self::WaitingForSlot,
         Self::DryRunSucceeded,
         Self::SubmissionsPaused,
@@ -172,6 +175,7 @@ impl Reason {
             Self::Submitting => "Submitting",
             Self::Submitted => "Submitted",
             Self::WaitingForQuota => "WaitingForQuota",
+            Self::WebhookRefused => "WebhookRefused",
             Self::WaitingForSlot => "WaitingForSlot",
             Self::DryRunSucceeded => "DryRunSucceeded",
             Self::SubmissionsPaused => "SubmissionsPaused",

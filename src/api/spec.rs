@@ -13,14 +13,14 @@ const OBJECT_NAME: &str =
 
 /// One batch of requests to a Gemini model: what to ask, who pays, and where the answers go.
 ///
-/// - `model`: the model that answers all requests
+/// - `model`, `method`: the model that answers all requests, and whether it generates content or embeds it
 /// - `credentials`: the Secret with the API key that pays
 /// - `input`: the requests, here, in a ConfigMap or in a file at Gemini
 /// - `output`: where the results go; without it they stay with Gemini
 /// - `suspend`, `activeDeadlineSeconds`, `backoffLimit`: when to hold it, how long it may take, whether to try again
 /// - `deletionPolicy`, `ttlSecondsAfterFinished`: what becomes of it afterwards
 ///
-/// `model`, `credentials`, `input` and `importFrom` can't be changed once the submission has begun, `output` once
+/// `model`, `method`, `credentials`, `input` and `importFrom` can't be changed once the submission has begun, `output` once
 /// the job has finished. Everything else may be changed at any time.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[kube(
@@ -56,6 +56,8 @@ const OBJECT_NAME: &str =
     validation = Rule::new(
         "!has(oldSelf.status) || !has(oldSelf.status.attempts) || size(oldSelf.status.attempts) == 0 || \
          (self.spec.model == oldSelf.spec.model && \
+         (has(self.spec.method) ? self.spec.method : 'GenerateContent') == \
+         (has(oldSelf.spec.method) ? oldSelf.spec.method : 'GenerateContent') && \
          has(self.spec.credentials) == has(oldSelf.spec.credentials) && \
          (!has(self.spec.credentials) || self.spec.credentials == oldSelf.spec.credentials) && \
          has(self.spec.input) == has(oldSelf.spec.input) && \
@@ -64,8 +66,8 @@ const OBJECT_NAME: &str =
          (!has(self.spec.importFrom) || self.spec.importFrom == oldSelf.spec.importFrom))"
     )
     .message(
-        "spec.model, spec.credentials, spec.input and spec.importFrom of a job can't be changed once its submission \
-         has begun; create a new GeminiBatchJob under another name instead"
+        "spec.model, spec.method, spec.credentials, spec.input and spec.importFrom of a job can't be changed once its \
+         submission has begun; create a new GeminiBatchJob under another name instead"
     )
     .reason(Reason::FieldValueForbidden),
     validation = Rule::new(
@@ -128,6 +130,13 @@ pub struct GeminiBatchJobSpec {
             .message("spec.model must be the name of a Gemini model, like gemini-2.5-flash or models/gemini-2.5-flash")
     )]
     pub model: String,
+
+    /// What the model does with each request: `GenerateContent` answers it, `EmbedContent` turns its content into a
+    /// vector and needs an embedding model, like `gemini-embedding-001`. It decides what a `request` must look like.
+    /// Can't be changed once the submission has begun. With `importFrom` it only describes the batch. Default:
+    /// `GenerateContent`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub method: Method,
 
     /// The API key that pays for the batch. Without it the operator's own credential is used, if an administrator
     /// set one up and allowed it for this namespace. Can't be changed once the submission has begun (the Secret's
@@ -254,6 +263,27 @@ impl GeminiBatchJobSpec {
         let default =
             if self.import_from.is_some() { DeletionPolicy::Orphan } else { DeletionPolicy::Cancel };
         self.deletion_policy.unwrap_or(default)
+    }
+}
+
+/// What a model does with each request of a batch.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Method {
+    /// It answers it.
+    #[default]
+    GenerateContent,
+    /// It turns its content into a vector.
+    EmbedContent,
+}
+
+impl Method {
+    /// The word as it stands in the resource.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::GenerateContent => "GenerateContent",
+            Self::EmbedContent => "EmbedContent",
+        }
     }
 }
 
@@ -393,7 +423,7 @@ pub struct Input {
     pub requests: Option<Vec<InputRequest>>,
 
     /// A key of a ConfigMap in the job's namespace that holds JSON Lines: on each line an object with a
-    /// unique `key` and a `request` (a `GenerateContentRequest`).
+    /// unique `key` and a `request` (a `GenerateContentRequest`, or an `EmbedContentRequest` if `method` says so).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config_map: Option<ConfigMapKeyRef>,
 
@@ -412,12 +442,14 @@ pub struct InputRequest {
     /// Identifies the request and its result within the job.
     #[schemars(length(min = 1, max = 256))]
     pub key: String,
-    /// The short form: one user turn with this text. Exactly one of `prompt` and `request`.
+    /// The short form: one user turn with this text; with `method: EmbedContent` the text to embed. Exactly one of
+    /// `prompt` and `request`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 262_144))]
     pub prompt: Option<String>,
     /// The long form: a whole `GenerateContentRequest` (`contents`, `systemInstruction`, `generationConfig`,
-    /// `tools`, `safetySettings` …), passed on as it is. Exactly one of `prompt` and `request`.
+    /// `tools`, `safetySettings` …), passed on as it is; with `method: EmbedContent` a whole `EmbedContentRequest`
+    /// (`content`, `taskType`, `title`, `outputDimensionality`). Exactly one of `prompt` and `request`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "anything")]
     pub request: Option<serde_json::Value>,

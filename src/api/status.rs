@@ -171,6 +171,10 @@ pub struct Attempt {
     /// file that is missing does not tell that the batch was never asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fence_time: Option<MicroTime>,
+    /// Set when the batch is asked for without a webhook, since Gemini refused one: it is looked for in a list every
+    /// minute instead.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub polled: bool,
     /// The batch at Gemini.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
@@ -198,6 +202,11 @@ pub struct Attempt {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 192))]
     pub observed_hint: Option<String>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature is serde's")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// The decision to cancel a batch.

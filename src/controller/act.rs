@@ -22,7 +22,7 @@ use super::observe;
 use super::output::{self, Done};
 use super::run::Context;
 use super::{Credential, Problem, earlier, ending, identity};
-use crate::api::{Attempt, GeminiBatchJob, Reason, Refusal, RefusedCall};
+use crate::api::{Attempt, GeminiBatchJob, Method, Reason, Refusal, RefusedCall};
 use crate::callback::keyring::KeyRing;
 use crate::callback::token::{JobRef, Token, callback_url};
 use crate::gemini::results::{self, ResultLine};
@@ -276,10 +276,15 @@ impl Step<'_> {
         };
         // From here on the batch may exist, whatever happens to this process or to the answer.
         set_stage(memory, attempt, Stage::Unsure(Search::default()));
+        let webhook_uris = if attempt.polled { Vec::new() } else { self.callback_url(attempt) };
         let batch = NewBatch {
+            call: match self.job.spec.method {
+                Method::GenerateContent => gemini::Call::GenerateContent,
+                Method::EmbedContent => gemini::Call::EmbedContent,
+            },
             display_name: &attempt.display_name,
             input_file: &file,
-            webhook_uris: &self.callback_url(attempt),
+            webhook_uris: &webhook_uris,
             priority: self.job.spec.priority,
         };
         let (uid, display_name) = (self.job.uid().unwrap_or_default(), &attempt.display_name);
@@ -302,6 +307,14 @@ impl Step<'_> {
                 self.ctx.ledger().created(&attempt.credential_fingerprint, &uid);
                 self.ctx.line_moved.notify_one();
                 set_stage(memory, attempt, Stage::Created(Box::new(batch)));
+            }
+            // Not a word about the requests: they may be sent without one. Never twice for the same send.
+            Err(e) if e.is_webhook() && !webhook_uris.is_empty() => {
+                self.ctx.webhooks.refused(self.job.spec.method, self.ctx.clock.now());
+                let problem = Problem::new(Reason::WebhookRefused, "");
+                let refused = self.refused(RefusedCall::Create, e.http_code(), problem, attempt, None, false);
+                memory.trouble = None;
+                set_stage(memory, attempt, Stage::Refused(refused));
             }
             Err(e) if e.is_refusal() => {
                 self.refused_or_trouble(memory, attempt, RefusedCall::Create, &e, "creating the batch");
@@ -773,6 +786,8 @@ impl Step<'_> {
         let not_before = |pause| after(now, retry_after.map_or(pause, |asked| asked.max(pause)));
         let retry_time = match problem.reason {
             Reason::CredentialsRefused => not_before(timings.recheck),
+            // Another question, not the same one again.
+            Reason::WebhookRefused => now,
             // The key's quota is everybody's who uses it.
             Reason::WaitingForQuota => {
                 self.ctx.ledger().refused(&attempt.credential_fingerprint, now, retry_after, pause)

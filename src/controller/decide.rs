@@ -39,6 +39,8 @@ pub struct Observed<'a> {
     pub cluster: &'a str,
     /// A random id that no send has had yet.
     pub fresh_send_id: &'a str,
+    /// Gemini refused a webhook for a batch of this method lately: the next one is asked for without.
+    pub webhook_refused: bool,
     /// How patient to be.
     pub timings: &'a Timings,
 }

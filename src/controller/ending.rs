@@ -12,9 +12,10 @@ use super::Problem;
 use super::collect::Collected;
 use super::decide::Results;
 use super::memory::{Refused, after};
+use super::request;
 use crate::api::conditions::cut;
 use crate::api::{
-    Attempt, GeminiBatchJob, Outcome, OutputStatus, RESEND_ANNOTATION, Reason, Refusal, RefusedCall,
+    Attempt, GeminiBatchJob, Method, Outcome, OutputStatus, RESEND_ANNOTATION, Reason, Refusal, RefusedCall,
     RequestCounts, State,
 };
 use crate::gemini::{Batch, BatchName, BatchState, Error, Hint};
@@ -519,6 +520,15 @@ pub fn refusal_problem(refusal: &Refusal) -> Problem {
                 ),
             );
         }
+        "WebhookRefused" => {
+            return Problem::new(
+                Reason::WebhookRefused,
+                format!(
+                    "Gemini refused the webhook that was asked for with the batch (HTTP {code}); nothing was created. It is \
+                     sent again without one, and its end is found by polling"
+                ),
+            );
+        }
         "CredentialsRefused" => {
             return Problem::new(
                 Reason::CredentialsRefused,
@@ -539,6 +549,12 @@ pub fn refusal_problem(refusal: &Refusal) -> Problem {
     };
     let reason = Reason::ALL.into_iter().find(|r| r.as_str() == refusal.reason);
     Problem::new(reason.unwrap_or(Reason::PreconditionFailed), text)
+}
+
+/// Whether somebody has to change something after a refusal for this reason.
+#[must_use]
+pub fn refusal_stalls(reason: Reason) -> bool {
+    !matches!(reason, Reason::WaitingForQuota | Reason::WebhookRefused)
 }
 
 /// It is not known whether the batch was created.
@@ -800,10 +816,18 @@ pub fn refusal_of(call: RefusedCall, error: &Error, job: &GeminiBatchJob) -> Opt
         (
             Problem::new(
                 Reason::ModelNotFound,
-                format!(
-                    "Gemini has no model {model} that takes batches with this API key: create a new GeminiBatchJob \
-                     with a model that does, for example gemini-2.5-flash"
-                ),
+                match job.spec.method {
+                    Method::GenerateContent => format!(
+                        "Gemini has no model {model} that takes batches with this API key: create a new GeminiBatchJob \
+                         with a model that does, for example gemini-2.5-flash, or with spec.method EmbedContent if it \
+                         is a model for embeddings"
+                    ),
+                    Method::EmbedContent => format!(
+                        "Gemini has no model {model} that takes batches of embeddings with this API key: create a new \
+                         GeminiBatchJob with a model that does, for example gemini-embedding-001, or without \
+                         spec.method if it is none for embeddings"
+                    ),
+                },
             ),
             true,
         )
@@ -813,11 +837,11 @@ pub fn refusal_of(call: RefusedCall, error: &Error, job: &GeminiBatchJob) -> Opt
     } else if call == RefusedCall::Upload || error.is_precondition() || error.http_code() != 400 {
         (Problem::new(Reason::PreconditionFailed, ""), false)
     } else {
-        (Problem::new(Reason::InputRefused, refused_input(error)), true)
+        (Problem::new(Reason::InputRefused, refused_input(error, job.spec.method)), true)
     })
 }
 
-fn refused_input(error: &Error) -> String {
+fn refused_input(error: &Error, method: Method) -> String {
     let mut text = format!("Gemini refused the input (HTTP {})", error.http_code());
     for (index, line) in error.lines().iter().enumerate() {
         let _ = write!(text, "{} line {}: {}", if index == 0 { ":" } else { ";" }, line.line, line.what);
@@ -825,9 +849,10 @@ fn refused_input(error: &Error) -> String {
     if error.hint() == Some(Hint::TooLarge) {
         text.push_str(": it is too large; split the requests over several jobs");
     }
-    text.push_str(
-        ". Nothing was created. Correct the requests (see the GenerateContentRequest of Gemini's API) and create a \
-         new GeminiBatchJob",
+    let _ = write!(
+        text,
+        ". Nothing was created. Correct the requests (see the {} of Gemini's API) and create a new GeminiBatchJob",
+        request::message_name(method)
     );
     text
 }

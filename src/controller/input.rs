@@ -13,7 +13,8 @@ use sha2::{Digest, Sha256};
 
 use super::Problem;
 use super::identity::hex;
-use crate::api::{InputRequest, Reason};
+use super::request;
+use crate::api::{InputRequest, Method, Reason};
 
 /// A longer key would not fit into messages and manifests; Google names no limit.
 const MAX_KEY_BYTES: usize = 1024;
@@ -53,18 +54,20 @@ impl Input {
 }
 
 /// The requests that stand in the job itself.
-pub fn from_requests(requests: &[InputRequest], max_bytes: u64) -> Result<Input, Problem> {
+pub fn from_requests(requests: &[InputRequest], method: Method, max_bytes: u64) -> Result<Input, Problem> {
     let mut lines = String::new();
     for (index, item) in requests.iter().enumerate() {
         let request = match (&item.prompt, &item.request) {
-            (Some(prompt), None) => json!({"contents": [{"role": "user", "parts": [{"text": prompt}]}]}),
+            (Some(prompt), None) => request::short_form(method, prompt),
             (None, Some(request)) if request.is_object() => request.clone(),
             (None, Some(_)) => {
                 return Err(Problem::new(
                     Reason::InputInvalid,
                     format!(
-                        "spec.input.requests[{index}] has a request that is not an object: it must be a \
-                         GenerateContentRequest, like {{\"contents\": […]}}"
+                        "spec.input.requests[{index}] has a request that is not an object: it must be a message \
+                         {}, like {}",
+                        request::message_name(method),
+                        request::example(method)
                     ),
                 ));
             }
@@ -78,11 +81,11 @@ pub fn from_requests(requests: &[InputRequest], max_bytes: u64) -> Result<Input,
         lines.push_str(&json!({"key": item.key, "request": request}).to_string());
         lines.push('\n');
     }
-    from_lines(lines.as_bytes(), "spec.input.requests", max_bytes)
+    from_lines(lines.as_bytes(), "spec.input.requests", method, max_bytes)
 }
 
 /// JSON Lines as they stand in `source`, which is how messages call the place.
-pub fn from_lines(content: &[u8], source: &str, max_bytes: u64) -> Result<Input, Problem> {
+pub fn from_lines(content: &[u8], source: &str, method: Method, max_bytes: u64) -> Result<Input, Problem> {
     let too_large = |bytes: usize| {
         Problem::new(
             Reason::InputTooLarge,
@@ -110,12 +113,13 @@ pub fn from_lines(content: &[u8], source: &str, max_bytes: u64) -> Result<Input,
         if line.is_empty() {
             continue;
         }
-        let key = check_line(line).map_err(|what| {
+        let key = check_line(line, method).map_err(|what| {
             Problem::new(
                 Reason::InputInvalid,
                 format!(
                     "{source}: line {number} {what}. Each line must be a JSON object like \
-                     {{\"key\": \"…\", \"request\": {{\"contents\": […]}}}}"
+                     {{\"key\": \"…\", \"request\": {}}}",
+                    request::example(method)
                 ),
             )
         })?;
@@ -147,7 +151,7 @@ pub fn from_lines(content: &[u8], source: &str, max_bytes: u64) -> Result<Input,
 }
 
 /// The key of one line, or what is wrong with the line.
-fn check_line(line: &str) -> Result<String, String> {
+fn check_line(line: &str, method: Method) -> Result<String, String> {
     #[derive(Deserialize)]
     struct Line<'a> {
         key: Option<Value>,
@@ -171,7 +175,9 @@ fn check_line(line: &str) -> Result<String, String> {
         None => return Err("has no \"key\"".to_owned()),
     };
     match parsed.request {
-        Some(request) if request.get().starts_with('{') => Ok(key),
+        Some(request) if request.get().starts_with('{') => {
+            request::check(method, request).map(|()| key).map_err(ToOwned::to_owned)
+        }
         Some(_) => Err("has a \"request\" that is not a JSON object".to_owned()),
         None => Err("has no \"request\"".to_owned()),
     }
@@ -183,6 +189,7 @@ mod tests {
     use proptest::prelude::*;
 
     const LIMIT: u64 = 1 << 20;
+    const GENERATE: Method = Method::GenerateContent;
 
     fn line(key: &str) -> String {
         json!({"key": key, "request": {"contents": []}}).to_string()
@@ -191,7 +198,7 @@ mod tests {
     #[test]
     fn the_short_form_becomes_one_user_turn() {
         let item = InputRequest { key: "a".into(), prompt: Some("Hi".into()), request: None };
-        let input = from_requests(&[item], LIMIT).unwrap();
+        let input = from_requests(&[item], GENERATE, LIMIT).unwrap();
         let sent: Value = serde_json::from_slice(&input.bytes).unwrap();
         assert_eq!(
             sent,
@@ -203,7 +210,7 @@ mod tests {
     #[test]
     fn a_request_in_the_job_that_is_no_object_is_named() {
         let item = InputRequest { key: "a".into(), prompt: None, request: Some(json!("SECRET")) };
-        let message = from_requests(&[item], LIMIT).unwrap_err().message;
+        let message = from_requests(&[item], GENERATE, LIMIT).unwrap_err().message;
         assert!(
             message.starts_with("spec.input.requests[0] has a request that is not an object"),
             "{message}"
@@ -212,9 +219,31 @@ mod tests {
     }
 
     #[test]
+    fn an_embedding_has_one_content() {
+        let item = InputRequest { key: "a".into(), prompt: Some("Hi".into()), request: None };
+        let input = from_requests(&[item], Method::EmbedContent, LIMIT).unwrap();
+        let sent: Value = serde_json::from_slice(&input.bytes).unwrap();
+        assert_eq!(sent, json!({"key": "a", "request": {"content": {"parts": [{"text": "Hi"}]}}}));
+
+        let embedding =
+            json!({"key": "b", "request": {"content": {"parts": [{"text": "SECRET"}]}}}).to_string();
+        for (line, wrong, right, says) in [
+            (line("a"), Method::EmbedContent, GENERATE, "{\"content\": {\"parts\""),
+            (embedding, GENERATE, Method::EmbedContent, "set spec.method to EmbedContent"),
+        ] {
+            assert!(from_lines(line.as_bytes(), "x", right, LIMIT).is_ok());
+            let problem = from_lines(line.as_bytes(), "x", wrong, LIMIT).unwrap_err();
+            assert_eq!(problem.reason, Reason::InputInvalid);
+            assert!(problem.message.starts_with("x: line 1 has a \"request\" with"), "{}", problem.message);
+            assert!(problem.message.contains(says), "{}", problem.message);
+            assert!(!problem.message.contains("SECRET"), "{}", problem.message);
+        }
+    }
+
+    #[test]
     fn lines_are_sent_as_they_are_without_blank_ones() {
         let text = format!("\u{feff}{}\r\n\n  {}", line("a"), line("b"));
-        let input = from_lines(text.as_bytes(), "x", LIMIT).unwrap();
+        let input = from_lines(text.as_bytes(), "x", GENERATE, LIMIT).unwrap();
         assert_eq!(input.bytes, format!("{}\n{}\n", line("a"), line("b")));
         assert_eq!(input.keys, ["a", "b"]);
     }
@@ -243,22 +272,27 @@ mod tests {
             ("\n \n".to_owned(), "holds no requests"),
         ];
         for (text, expected) in cases {
-            let problem = from_lines(text.as_bytes(), "ConfigMap in, key x", LIMIT).unwrap_err();
+            let problem = from_lines(text.as_bytes(), "ConfigMap in, key x", GENERATE, LIMIT).unwrap_err();
             assert!(problem.message.contains(expected), "{}", problem.message);
             assert!(!problem.message.contains(secret), "{}", problem.message);
             assert_eq!(problem.reason, Reason::InputInvalid);
         }
         let bytes = [line("a").as_bytes(), b"\n\xff\xfe"].concat();
-        assert!(from_lines(&bytes, "x", LIMIT).unwrap_err().message.contains("line 2 is not valid UTF-8"));
+        assert!(
+            from_lines(&bytes, "x", GENERATE, LIMIT)
+                .unwrap_err()
+                .message
+                .contains("line 2 is not valid UTF-8")
+        );
     }
 
     #[test]
     fn the_limit_counts_what_is_uploaded() {
         let text = line("a");
         let size = text.len() as u64;
-        assert!(from_lines(text.as_bytes(), "x", size + 1).is_ok());
+        assert!(from_lines(text.as_bytes(), "x", GENERATE, size + 1).is_ok());
         for limit in [size, size - 1] {
-            let problem = from_lines(text.as_bytes(), "x", limit).unwrap_err();
+            let problem = from_lines(text.as_bytes(), "x", GENERATE, limit).unwrap_err();
             assert_eq!(problem.reason, Reason::InputTooLarge);
             assert!(problem.message.contains("split"), "{}", problem.message);
         }
@@ -267,8 +301,8 @@ mod tests {
     proptest! {
         #[test]
         fn never_panics_and_what_passes_passes_again(content in proptest::collection::vec(any::<u8>(), 0..200)) {
-            if let Ok(input) = from_lines(&content, "x", LIMIT) {
-                prop_assert_eq!(&from_lines(&input.bytes, "x", LIMIT).unwrap(), &input);
+            if let Ok(input) = from_lines(&content, "x", GENERATE, LIMIT) {
+                prop_assert_eq!(&from_lines(&input.bytes, "x", GENERATE, LIMIT).unwrap(), &input);
             }
         }
 
@@ -276,7 +310,7 @@ mod tests {
         fn every_key_comes_back_in_order(keys in proptest::collection::hash_set("\\PC{1,20}", 1..20)) {
             let keys: Vec<String> = keys.into_iter().collect();
             let text: String = keys.iter().map(|k| line(k) + "\n").collect();
-            prop_assert_eq!(from_lines(text.as_bytes(), "x", LIMIT).unwrap().keys, keys);
+            prop_assert_eq!(from_lines(text.as_bytes(), "x", GENERATE, LIMIT).unwrap().keys, keys);
         }
     }
 }

@@ -233,7 +233,7 @@ impl Metrics {
         for outcome in ["succeeded", "failed"] {
             self.requests.get_or_create(&ByOutcome { outcome }).inc_by(0);
         }
-        for by in ["callback", "sweep", "cancellation", "other"] {
+        for by in ["callback", "sweep", "polling", "cancellation", "other"] {
             self.ends_learned.get_or_create(&By { by }).inc_by(0);
         }
         for reason in Reason::ALL.into_iter().filter(|reason| reason.is_final()) {
@@ -346,7 +346,7 @@ impl Metrics {
         );
         registry.register(
             "ends_learned",
-            "Ends of jobs: by callback, by the sweep, by a cancellation or deletion of our own, or by other means",
+            "Ends of jobs: by callback, by the sweep, by polling what has no webhook, by a cancellation or deletion of our own, or by other means",
             m.ends_learned.clone(),
         );
         registry.register(

@@ -34,11 +34,13 @@ pub mod output;
 pub mod policy;
 pub mod quota;
 pub mod report;
+pub mod request;
 pub mod ring;
 pub mod run;
 pub mod schema_check;
 pub mod sweep;
 pub mod watched;
+pub mod webhooks;
 
 use jiff::SignedDuration;
 
@@ -122,6 +124,9 @@ pub struct Timings {
     pub trouble_longest: SignedDuration,
     /// Pause between two sweeps, jittered by a tenth.
     pub sweep: SignedDuration,
+    /// Pause between two lists for batches without a webhook, while there are any; jittered by a tenth. Not longer than
+    /// `sweep`.
+    pub poll: SignedDuration,
     /// How often it is looked whether the `CustomResourceDefinition` is as new as the operator, as long as it is.
     pub schema: SignedDuration,
 }
@@ -147,6 +152,7 @@ impl Default for Timings {
             trouble_first: SignedDuration::from_secs(1),
             trouble_longest: SignedDuration::from_mins(5),
             sweep: SignedDuration::from_mins(10),
+            poll: SignedDuration::from_mins(1),
             schema: SignedDuration::from_mins(5),
         }
     }

@@ -149,7 +149,7 @@ pub async fn input(
 ) -> Result<Result<Input, Problem>, kube::Error> {
     let input = job.spec.input.as_ref();
     if let Some(requests) = input.and_then(|i| i.requests.as_ref()) {
-        return Ok(input::from_requests(requests, max_bytes));
+        return Ok(input::from_requests(requests, job.spec.method, max_bytes));
     }
     let Some(at) = input.and_then(|i| i.config_map.as_ref()) else {
         return Ok(Err(Problem::new(
@@ -187,7 +187,10 @@ pub async fn input(
             map.binary_data.as_ref().and_then(|d| d.get(&at.key)).map(|b| Bytes::copy_from_slice(&b.0))
         });
     Ok(match content {
-        Some(content) => input::from_lines(&content, &format!("ConfigMap {name}, key {}", at.key), max_bytes),
+        Some(content) => {
+            let source = format!("ConfigMap {name}, key {}", at.key);
+            input::from_lines(&content, &source, job.spec.method, max_bytes)
+        }
         None => Err(Problem::new(
             Reason::InputNotFound,
             format!("ConfigMap {name} has no key {}: add it", at.key),

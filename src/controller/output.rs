@@ -119,6 +119,7 @@ pub fn manifest(job: &GeminiBatchJob, collected: &Collected, counts: RequestCoun
     json!({
         "job": {"namespace": job.namespace(), "name": job.name_any(), "uid": job.uid()},
         "model": job.spec.model,
+        "method": job.spec.method,
         "batch": attempt.and_then(|a| a.batch_name.clone()),
         "attempt": attempt.map(|a| a.number),
         "batches": job.status.iter().flat_map(|s| &s.attempts).filter_map(|a| a.batch_name.as_ref()).collect::<Vec<_>>(),

@@ -165,7 +165,7 @@ pub fn compose(
                 a.refusals = Some(a.refusals.unwrap_or(0).saturating_add(1));
             }
             let problem = ending::refusal_problem(&refused.refusal);
-            let stalled = problem.reason != Reason::WaitingForQuota;
+            let stalled = ending::refusal_stalls(problem.reason);
             waiting(&mut s, spec, &problem, stalled, generation, now);
         }
         Change::Submitted { batch, adopted } => {
@@ -343,6 +343,7 @@ fn imported(batch: &Batch, fingerprint: &str, now: Timestamp) -> Attempt {
         refusals: None,
         resends: None,
         fence_time: None,
+        polled: false,
         batch_name: Some(batch.name.to_string()),
         create_time: batch.create_time.map(Time),
         end_time: None,
@@ -361,8 +362,12 @@ fn running(
     now: Timestamp,
 ) {
     s.state = State::Running;
-    let name = current(s).and_then(|a| a.batch_name.clone()).unwrap_or_default();
+    let (name, polled) =
+        current(s).map(|a| (a.batch_name.clone().unwrap_or_default(), a.polled)).unwrap_or_default();
     let mut message = match early {
+        None if polled => {
+            format!("{name} is at Gemini, which refuses a webhook for it; its end is found by polling")
+        }
         // True whether callbacks are on or off, now or when it was sent: a change of that flag writes to no job.
         None => format!("{name} is at Gemini; its end is noticed with or without a callback"),
         Some(event) => format!(

@@ -35,6 +35,7 @@ use super::policy::Policy;
 use super::quota::{self, Asker, Held, Ledger};
 use super::schema_check::{self, SchemaCheck};
 use super::watched::Watched;
+use super::webhooks::Webhooks;
 use super::{Credential, InputFacts, Timings, act, earlier, identity, namespaces, report};
 use crate::api::conditions::cut;
 use crate::api::{DeletionPolicy, GeminiBatchJob, Reason};
@@ -90,6 +91,8 @@ pub struct Context {
     pub policy: Policy,
     /// Whether the installed definition is as new as the operator.
     pub schema: SchemaCheck,
+    /// Which batches Gemini refuses a webhook for.
+    pub webhooks: Webhooks,
     /// Whether all jobs have been listed in this turn of leadership.
     listed: AtomicBool,
     /// Whether the turn is to end: what is in hand takes no further step.
@@ -149,6 +152,7 @@ impl Context {
             leadership,
             policy,
             schema: SchemaCheck::default(),
+            webhooks: Webhooks::default(),
             listed: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             ledger: Mutex::new(Ledger::new(usize::from(max_active))),
@@ -185,6 +189,7 @@ impl Context {
         lock(&self.hinted).clear();
         lock(&self.unconfirmed).clear();
         self.metrics.forget();
+        self.webhooks.forget();
         lock(&self.unsettled).clear();
     }
 
@@ -722,6 +727,7 @@ async fn drive(
                 gate: &gate,
                 cluster: &ring.cluster_id,
                 fresh_send_id: &fresh_send_id,
+                webhook_refused: ctx.external_url.is_some() && ctx.webhooks.are_refused(job.spec.method, now),
                 timings: &ctx.timings,
             },
             now,
@@ -1041,6 +1047,8 @@ fn count_end(ctx: &Context, change: &Change, before: &GeminiBatchJob, memory: &M
         Change::Finished(_) if attempt.is_some_and(|a| a.cancellation.is_some()) => "cancellation",
         Change::Finished(_) => match memory.looks.why {
             Why::Callback => "callback",
+            // No callback was missed.
+            Why::Sweep if attempt.is_some_and(|a| a.polled) => "polling",
             Why::Sweep => "sweep",
             Why::Other => "other",
         },

@@ -2,7 +2,8 @@
 //!
 //! Every ten minutes or so (every minute with callbacks off, where it is what finds every end) each API key is asked for its batches, newest first: one list call for many
 //! jobs instead of a GET for each. A job whose batch is not shown as going on is woken and looks for itself;
-//! the list is never believed, and absence from it proves nothing.
+//! the list is never believed, and absence from it proves nothing. Jobs whose batch has no webhook, since Gemini refused
+//! one, are swept every minute, and their API keys alone.
 //!
 //! It also heals. Each batch says by its display name whose it is: of two for one attempt the recorded one is kept
 //! and the others are cancelled. A batch for an attempt that its job has not begun (etcd was restored from a backup)
@@ -26,7 +27,7 @@ use super::observe::{self, SecretAt};
 use super::run::{self, Context};
 use super::watched::Watched;
 use super::{Credential, decide};
-use crate::api::{DeletionPolicy, GeminiBatchJob, Reason};
+use crate::api::{Attempt, DeletionPolicy, GeminiBatchJob, Reason};
 use crate::crash;
 use crate::gemini::{self, Batch};
 
@@ -43,26 +44,49 @@ pub async fn run(
     stop: CancellationToken,
 ) {
     let mut before = Before::default();
+    let jittered = |pause| ctx.clock.real(pause).mul_f64(rand::rng().random_range(0.9..1.1));
+    let (sweep, poll) = (ctx.timings.sweep, ctx.timings.poll);
+    let mut until_all = jittered(sweep);
     loop {
-        let pause = ctx.clock.real(ctx.timings.sweep);
-        let pause = pause.mul_f64(rand::rng().random_range(0.9..1.1));
+        let pause = if poll < sweep { jittered(poll).min(until_all) } else { until_all };
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(pause) => {}
         }
-        crash::at("begin", "Sweep");
+        until_all = until_all.saturating_sub(pause);
+        let whom = if until_all.is_zero() { Whom::All } else { Whom::Polled };
+        if whom == Whom::All {
+            until_all = jittered(sweep);
+            crash::at("begin", "Sweep");
+        }
         tokio::select! {
             () = stop.cancelled() => return,
-            woken = once(&ctx, &store, &poke, &mut before) => tracing::debug!(woken, "swept"),
+            woken = once(&ctx, &store, &poke, &mut before, whom) => tracing::debug!(woken, ?whom, "swept"),
         }
+    }
+}
+
+/// Whose batches are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Whom {
+    /// Of all jobs.
+    All,
+    /// Of those that no callback can come for.
+    Polled,
+}
+
+impl Whom {
+    fn includes(self, attempt: &Attempt) -> bool {
+        self == Self::All || attempt.polled
     }
 }
 
 /// What is remembered from sweep to sweep.
 #[derive(Default)]
 struct Before {
-    /// Of each key: pages of its last listing, and sweeps without one since.
-    keys: HashMap<String, (usize, u32)>,
+    /// Of each key: pages of its last listing, and sweeps without one since. Apart for the lists that go no further back
+    /// than what is polled: those heal only part of what there may be to heal.
+    keys: HashMap<(String, Whom), (usize, u32)>,
     /// Batches that were told of.
     told: HashSet<String>,
 }
@@ -83,6 +107,7 @@ async fn once(
     store: &Store<Watched>,
     poke: &UnboundedSender<ObjectRef<Watched>>,
     before: &mut Before,
+    whom: Whom,
 ) -> usize {
     let mut woken = 0;
     let mut wake = |uid: &str, object: &ObjectRef<Watched>| {
@@ -92,12 +117,13 @@ async fn once(
     let mut unknown = HashSet::new();
     tell_the_oldest(ctx, store);
     tell_the_uncollected(ctx, store);
-    for (credential, jobs) in by_key(ctx, store).await {
+    for (credential, jobs) in by_key(ctx, store, whom).await {
         let key = &credential.fingerprint;
+        let listed = (key.clone(), whom);
         let unfinished = || jobs.iter().filter(|j| j.unfinished);
-        let (pages, direct) = before.keys.get(key).copied().unwrap_or_default();
+        let (pages, direct) = before.keys.get(&listed).copied().unwrap_or_default();
         if jobs.len() < pages && direct < DIRECT_ROUNDS {
-            before.keys.insert(key.clone(), (pages, direct + 1));
+            before.keys.insert(listed, (pages, direct + 1));
             unfinished().for_each(|j| wake(&j.uid, &j.object));
             continue;
         }
@@ -111,7 +137,7 @@ async fn once(
                 continue;
             }
         };
-        before.keys.insert(key.clone(), (listing.pages, 0));
+        before.keys.insert(listed, (listing.pages, 0));
         let goes_on = |j: &&Active| j.batch.as_ref().is_some_and(|name| listing.live.contains(name));
         unfinished().filter(|j| !goes_on(j)).for_each(|j| wake(&j.uid, &j.object));
 
@@ -157,7 +183,9 @@ async fn once(
             );
         }
     }
-    ctx.metrics.unknown_batches.set(i64::try_from(unknown.len()).unwrap_or(i64::MAX));
+    if whom == Whom::All {
+        ctx.metrics.unknown_batches.set(i64::try_from(unknown.len()).unwrap_or(i64::MAX));
+    }
     woken
 }
 
@@ -272,11 +300,11 @@ fn seconds_since_the_end(job: &GeminiBatchJob, now: Timestamp) -> i64 {
 }
 
 /// The active jobs of each API key. Jobs that share a Secret share one read of it.
-async fn by_key(ctx: &Context, store: &Store<Watched>) -> Vec<(Credential, Vec<Active>)> {
+async fn by_key(ctx: &Context, store: &Store<Watched>, whom: Whom) -> Vec<(Credential, Vec<Active>)> {
     let mut by_secret: BTreeMap<SecretAt, Vec<Arc<Watched>>> = BTreeMap::new();
     for object in store.state() {
         let Ok(job) = &object.0 else { continue };
-        if !is_active(job, ctx.clock.now()) {
+        if !is_active(job, ctx.clock.now(), whom) {
             continue;
         }
         let Some(at) = SecretAt::of(job, &ctx.policy) else { continue };
@@ -301,8 +329,8 @@ async fn by_key(ctx: &Context, store: &Store<Watched>) -> Vec<(Credential, Vec<A
     by_key.into_values().collect()
 }
 
-fn is_active(job: &GeminiBatchJob, now: Timestamp) -> bool {
-    decide::current_attempt(job).filter(|a| a.outcome.is_none()).is_some_and(|a| {
+fn is_active(job: &GeminiBatchJob, now: Timestamp, whom: Whom) -> bool {
+    decide::current_attempt(job).filter(|a| a.outcome.is_none() && whom.includes(a)).is_some_and(|a| {
         let watched = a.resends.is_some() && after(a.intent_time.0, LATE_SENDS) > now;
         a.batch_name.is_some() && (!decide::is_finished(job) || watched)
     })
@@ -433,6 +461,22 @@ mod tests {
         let now = "2026-01-02T00:00:00Z".parse().unwrap();
         assert_eq!(seconds_since_the_end(&says(&submitted, "Stalled", "OutputConflict", false), now), 86_400);
         assert_eq!(seconds_since_the_end(&job(&submitted, false, false), now), 0, "not known");
+    }
+
+    #[test]
+    fn between_sweeps_only_what_has_no_webhook_is_asked_for() {
+        let now = "2026-01-01T00:00:00Z".parse().unwrap();
+        for (more, all, polled) in [
+            (json!({"batchName": "batches/a"}), true, false),
+            (json!({"batchName": "batches/a", "polled": true}), true, true),
+            (json!({"polled": true}), false, false),
+        ] {
+            let going = job(&json!([attempt(1, &more)]), false, false);
+            assert_eq!(is_active(&going, now, Whom::All), all, "{more}");
+            assert_eq!(is_active(&going, now, Whom::Polled), polled, "{more}");
+        }
+        let over = job(&json!([attempt(1, &json!({"batchName": "batches/a", "polled": true}))]), true, false);
+        assert!(!is_active(&over, now, Whom::Polled));
     }
 
     #[test]

@@ -7,9 +7,29 @@ use url::Url;
 
 use super::{ApiKey, BatchName, Client, Error, FileName, ModelName};
 
+/// What is asked of the model: the calls that create batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// `batchGenerateContent`.
+    GenerateContent,
+    /// `asyncBatchEmbedContent`. All else about such a batch is the same, but for the shape of its lines.
+    EmbedContent,
+}
+
+impl Call {
+    fn verb(self) -> &'static str {
+        match self {
+            Self::GenerateContent => "batchGenerateContent",
+            Self::EmbedContent => "asyncBatchEmbedContent",
+        }
+    }
+}
+
 /// A batch to be created.
 #[derive(Clone, Debug)]
 pub struct NewBatch<'a> {
+    /// What is asked of the model.
+    pub call: Call,
     /// What it is called; not unique for Google, unique by our making.
     pub display_name: &'a str,
     /// The uploaded requests.
@@ -179,10 +199,10 @@ impl Batch {
 
 /// Inline results as the lines of a result file would be.
 fn inlined_lines(output: &Value) -> Option<String> {
-    let list = ["inlinedResponses", "inlinedEmbedContentResponses"].into_iter().find_map(|field| {
-        let outer = output.get(field)?;
-        outer.get(field).and_then(Value::as_array)
-    })?;
+    // The outer name differs, the inner one does not.
+    let list = ["inlinedResponses", "inlinedEmbedContentResponses"]
+        .into_iter()
+        .find_map(|field| output.get(field)?.get("inlinedResponses")?.as_array())?;
     Some(list.iter().fold(String::new(), |mut lines, item| {
         let mut line = item.clone();
         if let Some(fields) = line.as_object_mut() {
@@ -235,7 +255,7 @@ impl Client {
             batch["webhookConfig"] =
                 json!({"uris": new.webhook_uris.iter().map(Url::as_str).collect::<Vec<_>>()});
         }
-        let url = self.versioned(&format!("{model}:batchGenerateContent"), &[]);
+        let url = self.versioned(&format!("{model}:{}", new.call.verb()), &[]);
         let answer = self.json_once(key, url, &json!({"batch": batch})).await?;
         Batch::parse(&answer).ok_or_else(|| Error::local("an answer with status 200 that names no batch"))
     }
@@ -331,6 +351,20 @@ mod tests {
         .unwrap();
         let line: Value = serde_json::from_str(batch.inlined.unwrap().trim()).unwrap();
         assert_eq!(line, json!({"key": "k1", "response": {"candidates": []}}));
+    }
+
+    /// As the official SDK reads it, and a C# client's capture has it.
+    #[test]
+    fn a_batch_of_embeddings_has_its_results_under_a_name_of_its_own() {
+        let item = json!({"metadata": {"key": "k1"}, "response": {"embedding": {"values": [0.5]}}});
+        let kind = "type.googleapis.com/google.ai.generativelanguage.v1main.EmbedContentBatch";
+        let batch = Batch::parse(&json!({"name": "batches/a", "done": true,
+            "metadata": {"@type": kind, "state": "BATCH_STATE_SUCCEEDED", "endTime": "2026-01-06T11:09:11Z"},
+            "response": {"@type": kind, "inlinedEmbedContentResponses": {"inlinedResponses": [item]}}}))
+        .unwrap();
+        let line: Value = serde_json::from_str(batch.inlined.unwrap().trim()).unwrap();
+        assert_eq!(line, json!({"key": "k1", "response": {"embedding": {"values": [0.5]}}}));
+        assert_eq!((batch.state, batch.output_file), (BatchState::Succeeded, None));
     }
 
     fn any_json() -> impl Strategy<Value = Value> {

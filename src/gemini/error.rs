@@ -39,6 +39,8 @@ pub enum Hint {
     TooLarge,
     /// The location, billing or another setting of the project does not allow it.
     Precondition,
+    /// It speaks of the webhook that was asked for.
+    Webhook,
 }
 
 impl Hint {
@@ -49,6 +51,7 @@ impl Hint {
             Self::Model => "model not found or not supported",
             Self::TooLarge => "too large",
             Self::Precondition => "not allowed for this project",
+            Self::Webhook => "no webhook can be had for it",
         }
     }
 }
@@ -169,6 +172,12 @@ impl Error {
         self.is_refusal() && self.status == Some("FAILED_PRECONDITION")
     }
 
+    /// A batch was refused because of the webhook that was asked for with it.
+    #[must_use]
+    pub fn is_webhook(&self) -> bool {
+        self.is_refusal() && self.code == Some(400) && self.hint == Some(Hint::Webhook)
+    }
+
     /// What the message was recognised as.
     #[must_use]
     pub fn hint(&self) -> Option<Hint> {
@@ -276,6 +285,9 @@ fn recognise(status: Option<&str>, message: &str, reasons: &[&str]) -> Option<Hi
     let says = |text: &str| message.contains(text);
     if reasons.contains(&"API_KEY_INVALID") || says("API key not valid") || says("API key expired") {
         Some(Hint::ApiKey)
+    } else if says("webhookConfig") || says("webhook_config") {
+        // Before the others: it may name the batch, its model or its file beside it.
+        Some(Hint::Webhook)
     } else if says("or it may not exist") || says("files/") || says("File ") {
         Some(Hint::File)
     } else if says("models/") || says("tunedModels/") {
@@ -475,6 +487,19 @@ mod tests {
                 "User location is not supported for the API use.",
                 Some(Hint::Precondition),
             ),
+            (
+                400,
+                "INVALID_ARGUMENT",
+                "Invalid JSON payload received. Unknown name \"webhookConfig\" at 'batch': Cannot find field.",
+                Some(Hint::Webhook),
+            ),
+            (
+                400,
+                "INVALID_ARGUMENT",
+                "* batch.webhook_config: not supported for models/x with files/y",
+                Some(Hint::Webhook),
+            ),
+            (400, "INVALID_ARGUMENT", "Error on line 1: no such field: 'webhookConfig'", None),
             (400, "INVALID_ARGUMENT", "Error on line 1: API key not valid, files/x, models/y", None),
             (429, "RESOURCE_EXHAUSTED", "You exceeded your current quota", None),
         ] {
@@ -485,6 +510,11 @@ mod tests {
         assert!(answer(400, &by_reason).is_credentials());
         // A refused line is not a refused key, whatever the line says.
         assert!(!envelope(400, "INVALID_ARGUMENT", "Error on line 1: API key not valid").is_credentials());
+        let webhook = "Unknown name \"webhookConfig\" at 'batch': Cannot find field.";
+        assert!(envelope(400, "INVALID_ARGUMENT", webhook).is_webhook());
+        for (code, status) in [(404, "NOT_FOUND"), (429, "RESOURCE_EXHAUSTED"), (500, "INTERNAL")] {
+            assert!(!envelope(code, status, webhook).is_webhook(), "{code}");
+        }
         // Not a refusal: not a statement about the key, the file or the quota either.
         let odd = envelope(500, "FAILED_PRECONDITION", "API key not valid");
         assert!(!odd.is_credentials() && !odd.is_absent() && !odd.is_quota() && !odd.is_precondition());

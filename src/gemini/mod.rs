@@ -22,7 +22,7 @@ pub mod results;
 mod tests;
 mod transport;
 
-pub use batches::{Batch, BatchState, NewBatch, Page, RemoteStatus, Stats};
+pub use batches::{Batch, BatchState, Call, NewBatch, Page, RemoteStatus, Stats};
 pub use error::{Error, Hint, LineError};
 pub use files::{Download, File, Upload};
 pub use key::{ApiKey, ApiKeyError};

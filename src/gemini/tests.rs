@@ -152,7 +152,13 @@ fn file() -> FileName {
 }
 
 async fn create(client: &Client) -> Result<Batch, Error> {
-    let new = NewBatch { display_name: "d", input_file: &file(), webhook_uris: &[], priority: None };
+    let new = NewBatch {
+        call: Call::GenerateContent,
+        display_name: "d",
+        input_file: &file(),
+        webhook_uris: &[],
+        priority: None,
+    };
     client.create_batch(&key(), &ModelName::parse("m").unwrap(), &new).await
 }
 

@@ -90,7 +90,7 @@ async fn the_examples_are_accepted() {
     let env = Env::new().await;
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/examples");
     let applied = kubectl(&env, &["apply", "--dry-run=server", "-f", folder]).unwrap();
-    for name in ["minimal", "hundred", "partial-failure"] {
+    for name in ["minimal", "hundred", "partial-failure", "embeddings"] {
         assert!(applied.contains(&format!("geminibatchjob.geminibatch.dev/{name}")), "{applied}");
     }
     for kind in ["serviceaccount", "role.rbac.authorization.k8s.io", "job.batch"] {

@@ -15,6 +15,7 @@ mod bad_input;
 mod callbacks;
 mod crashes;
 mod dependents;
+mod embeddings;
 mod endings;
 mod harness;
 mod keys;

@@ -35,6 +35,8 @@ async fn specs_are_accepted_and_refused() {
         changed(|s| s["activeDeadlineSeconds"] = json!(1)),
         changed(|s| s["deletionTimeoutSeconds"] = json!(86_400)),
         changed(|s| s["priority"] = json!(-5)),
+        changed(|s| s["method"] = json!("GenerateContent")),
+        changed(|s| s["method"] = json!("EmbedContent")),
         changed(|s| s["output"]["retention"] = json!("Delete")),
         changed(|s| {
             s["suspend"] = json!(true);
@@ -276,6 +278,7 @@ async fn what_was_paid_for_cannot_be_edited() {
     env.until("job", "running", |j| crate::harness::state(j) == "Running").await;
     for spec in [
         json!({"model": "gemini-2.5-flash"}),
+        json!({"method": "EmbedContent"}),
         json!({"credentials": {"secretRef": {"name": "other"}}}),
         json!({"input": request("[[sim:job=stall]] v3")}),
         // The same number of members under other names: what a typed field would let pass.
@@ -286,6 +289,8 @@ async fn what_was_paid_for_cannot_be_edited() {
     }
     let error = edit(&env, "job", json!({"dryRun": true})).await.unwrap_err();
     assert!(error.contains("spec.dryRun can't be turned on once the submission has begun"), "{error}");
+    // Said aloud it is still the same.
+    edit(&env, "job", json!({"method": "GenerateContent"})).await.unwrap();
     edit(&env, "job", json!({"output": {"configMap": {"name": "late"}}})).await.unwrap();
     assert!(env.sim.finish(&env.sim.batches()[0].name, gemini_simulator::Outcome::Succeeded));
     let job = env.cleaned("job").await;

@@ -221,6 +221,49 @@ def test_embeddings(client, finished, upload):
     assert len(result["response"]["embedding"]["values"]) == 7
 
 
+@pytest.mark.filterwarnings("ignore:.*experimental")
+def test_batches_of_embeddings_are_batches_like_others(client, finished, upload):
+    def embed(text, key="e"):
+        file = upload({"key": key, "request": {"content": {"parts": [{"text": text}]}}})
+        config = types.CreateEmbeddingsBatchJobConfig(display_name=f"sdk-{uuid.uuid4()}")
+        src = types.EmbeddingsBatchJobSource(file_name=file.name)
+        return config.display_name, client.batches.create_embeddings(model=EMBEDDER, src=src, config=config)
+
+    name, job = embed("[[sim:job=stall]]")
+    assert (job.display_name, job.model) == (name, f"models/{EMBEDDER}")
+    assert job.state == types.JobState.JOB_STATE_PENDING
+    assert job.name in [j.name for j in client.batches.list()]
+    client.batches.cancel(name=job.name)
+    assert finished(job).state == types.JobState.JOB_STATE_CANCELLED
+    client.batches.delete(name=job.name)
+    assert job.name not in [j.name for j in client.batches.list()]
+
+    failed, good = (json.loads(client.files.download(file=finished(j).dest.file_name)) for _, j in (
+        embed("[[sim:error=3]]"), embed("fine")))
+    assert (failed["key"], failed["error"]["code"]) == ("e", 3)
+    assert good["response"]["usageMetadata"]["promptTokenCount"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*experimental")
+def test_the_older_shape_of_an_embedding_is_the_one_that_the_sdk_counts_tokens_of(client, finished):
+    batch = types.EmbedContentBatch(contents=["a text [[sim:token-count]]"])
+    src = types.EmbeddingsBatchJobSource(inlined_requests=batch)
+    job = finished(client.batches.create_embeddings(model=EMBEDDER, src=src))
+    (answer,) = job.dest.inlined_embed_content_responses
+    assert answer.response.token_count == 7
+    assert answer.response.embedding.values
+
+
+@pytest.mark.filterwarnings("ignore:.*experimental")
+def test_a_model_embeds_or_generates(client):
+    src = types.EmbeddingsBatchJobSource(inlined_requests=types.EmbedContentBatch(contents=["x"]))
+    with pytest.raises(errors.ClientError, match="not supported for asyncBatchEmbedContent") as refused:
+        client.batches.create_embeddings(model=MODEL, src=src)
+    assert refused.value.code == 404
+    with pytest.raises(errors.ClientError, match="not supported for batchGenerateContent"):
+        client.batches.create(model=EMBEDDER, src=[inlined("k", "x")])
+
+
 def test_the_asynchronous_client(client):
     async def use():
         job = await client.aio.batches.create(model=MODEL, src=[inlined("k", "asynchronous")])

@@ -216,6 +216,9 @@ fn attempt(
         refusals: same.and_then(|a| a.refusals),
         resends: same.and_then(|a| a.resends),
         fence_time: None,
+        // Once is enough for a job: its further attempts would be refused as well.
+        polled: o.webhook_refused
+            || before.is_some_and(|a| a.polled || is_refused_for(a, Reason::WebhookRefused)),
         batch_name: None,
         create_time: None,
         end_time: None,
@@ -235,14 +238,22 @@ fn reusable(
     input: Option<&InputFacts>,
     now: Timestamp,
 ) -> bool {
-    a.refusal.as_ref().is_some_and(|r| {
-        r.call == RefusedCall::Create
-            && [Reason::WaitingForQuota, Reason::PreconditionFailed, Reason::CredentialsRefused]
-                .iter()
-                .any(|reason| r.reason == reason.as_str())
-    }) && a.credential_fingerprint == fingerprint
+    a.refusal.as_ref().is_some_and(|r| r.call == RefusedCall::Create)
+        && [
+            Reason::WaitingForQuota,
+            Reason::PreconditionFailed,
+            Reason::CredentialsRefused,
+            Reason::WebhookRefused,
+        ]
+        .into_iter()
+        .any(|reason| is_refused_for(a, reason))
+        && a.credential_fingerprint == fingerprint
         && a.input_sha256.as_deref() == input.map(|i| i.sha256.as_str())
         && after(a.intent_time.0, o.timings.reuse_file) > now
+}
+
+fn is_refused_for(a: &Attempt, reason: Reason) -> bool {
+    a.refusal.as_ref().is_some_and(|r| r.reason == reason.as_str())
 }
 
 /// The last send was refused: nothing exists at Gemini, so a new send is safe once it has a chance.
@@ -258,7 +269,7 @@ pub(super) fn refused(o: &Observed<'_>, a: &Attempt, refusal: &Refusal, now: Tim
         return adopted;
     }
     let problem = ending::refusal_problem(refusal);
-    let is_stalled = problem.reason != Reason::WaitingForQuota;
+    let is_stalled = ending::refusal_stalls(problem.reason);
     let another_key = *fingerprint != a.credential_fingerprint;
     if problem.reason == Reason::CredentialsRefused && !another_key {
         match &o.memory.probe {

@@ -50,6 +50,7 @@ struct Case {
     credential: Result<String, Problem>,
     input: Result<InputFacts, Problem>,
     gate: Gate,
+    webhook_refused: bool,
     now: Timestamp,
 }
 
@@ -68,6 +69,7 @@ fn applied() -> Case {
         credential: Ok(KEY.to_owned()),
         input: Ok(InputFacts { sha256: SHA.to_owned(), whole_sha256: SHA.to_owned(), count: 2, bytes: 9 }),
         gate: Gate::Open,
+        webhook_refused: false,
         now: at(0),
     }
 }
@@ -372,6 +374,7 @@ impl Case {
                 gate: &self.gate,
                 cluster: CLUSTER,
                 fresh_send_id: "fresh",
+                webhook_refused: self.webhook_refused,
                 timings: &Timings::default(),
             },
             self.now,
@@ -730,6 +733,7 @@ fn refusals() {
     let recorded = |reason| sending(refused_stage(reason, false));
     let quota = || refused_for(Create, Reason::WaitingForQuota);
     let credentials = || refused_for(Create, Reason::CredentialsRefused);
+    let no_webhook = || refused_for(Create, Reason::WebhookRefused).at(59);
     let probed = |key: &str, accepted, next| credentials().probed(key, accepted, next);
     check! {
         "quota": recorded(Reason::WaitingForQuota) => "Refused";
@@ -749,6 +753,11 @@ fn refusals() {
         "precondition": refused_for(Create, Reason::PreconditionFailed) => "Wait PreconditionFailed! +59";
         "our file gone": refused_for(Create, Reason::InputFileNotFound) => "Wait InputFileNotFound! +59";
         "our file gone, due": refused_for(Create, Reason::InputFileNotFound).at(59) => "Intent";
+        "a webhook": recorded(Reason::WebhookRefused) => "Refused";
+        "without one it is another send": no_webhook() => "Intent";
+        "without one, but held": no_webhook().suspended(false) => "Wait Suspended change";
+        "without one, but not its turn": no_webhook().closed() => "Wait WaitingForSlot change";
+        "without one, no key": no_webhook().no_key() => "Wait CredentialsNotFound! recheck";
         "credentials": credentials() => "Wait CredentialsRefused! +59";
         "credentials, due: ask before sending": credentials().at(59) => "ProbeCredential";
         "probed, refused": probed(KEY, false, 20) => "Wait CredentialsRefused! +20";
@@ -758,6 +767,26 @@ fn refusals() {
         "credentials, other key": credentials().key("other") => "Intent";
         "credentials, no key": credentials().no_key() => "Wait CredentialsNotFound! recheck";
     }
+}
+
+/// The next send of a job is its own decision to make, and its further attempts need not be refused as well.
+#[test]
+fn a_batch_whose_webhook_was_refused_is_asked_for_without_one() {
+    use RefusedCall::Create;
+    assert!(!held().intent().polled);
+    assert!(held().with(|c| c.webhook_refused = true).intent().polled, "another job's was refused lately");
+
+    let refused = refused_for(Create, Reason::WebhookRefused).at(59);
+    let next = refused.clone().attempt(|a| a.input_file = "files/old".to_owned()).intent();
+    assert!(next.polled);
+    assert_eq!((next.number, next.send_id.as_str()), (1, "fresh"));
+    assert_eq!(next.input_file, "files/old", "it is not uploaded again");
+    assert!(refused.key("other").intent().polled, "under another key as well");
+
+    let later = refused_for(Create, Reason::WaitingForQuota).at(59);
+    assert!(!later.clone().intent().polled);
+    assert!(later.attempt(|a| a.polled = true).intent().polled, "refused again, for something else");
+    assert!(over_once().attempt(|a| a.polled = true).at(10).intent().polled, "a further attempt");
 }
 
 #[test]
@@ -1547,6 +1576,7 @@ fn an_input_that_was_not_read_is_no_problem() {
             gate: &case.gate,
             cluster: CLUSTER,
             fresh_send_id: "fresh",
+            webhook_refused: false,
             timings: &Timings { recheck: SignedDuration::from_secs(1), ..Timings::default() },
         };
         assert_eq!(show(&decide(&observed, at(0))), "Wait - +0");

@@ -63,12 +63,15 @@ async fn calls_are_what_the_contract_says() {
     let model = ModelName::parse("tunedModels/t").unwrap();
     let (input_file, webhook_uris) = (file(), [hook]);
     let new = NewBatch {
+        call: Call::GenerateContent,
         display_name: "d",
         input_file: &input_file,
         webhook_uris: &webhook_uris,
         priority: Some(-5),
     };
     client.create_batch(&key, &model, &new).await.unwrap();
+    let embeddings = NewBatch { call: Call::EmbedContent, ..new };
+    client.create_batch(&key, &ModelName::parse("e").unwrap(), &embeddings).await.unwrap();
     client.get_batch(&key, &batch()).await.unwrap();
     client.list_batches(&key, 7, None).await.unwrap();
     client.list_batches(&key, 7, Some("a&b=c")).await.unwrap();
@@ -83,6 +86,7 @@ async fn calls_are_what_the_contract_says() {
         [
             "POST /v1beta/models/m:batchGenerateContent",
             "POST /v1beta/tunedModels/t:batchGenerateContent",
+            "POST /v1beta/models/e:asyncBatchEmbedContent",
             "GET /v1beta/batches/b1",
             "GET /v1beta/batches?pageSize=7",
             "GET /v1beta/batches?pageSize=7&pageToken=a%26b%3Dc",
@@ -95,7 +99,8 @@ async fn calls_are_what_the_contract_says() {
     assert_eq!(log[0].json(), plain, "no webhookConfig without a webhook: it would replace the project's");
     assert_eq!(log[1].json()["batch"]["webhookConfig"], json!({"uris": ["https://ops.example/hook"]}));
     assert_eq!(log[1].json()["batch"]["priority"], "-5");
-    assert_eq!((log[5].json(), log[5].header("content-type")), (json!({}), "application/json"));
+    assert_eq!(log[2].json(), log[1].json(), "the same batch, but for what its lines hold");
+    assert_eq!((log[6].json(), log[6].header("content-type")), (json!({}), "application/json"));
     // A path in the base URL is kept.
     let below = Client::new(patient(&setup.base.join("/proxy/").unwrap())).unwrap();
     below.get_batch(&key, &batch()).await.unwrap();

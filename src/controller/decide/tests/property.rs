@@ -326,6 +326,7 @@ impl World {
                     gate: &case.gate,
                     cluster: CLUSTER,
                     fresh_send_id: &fresh,
+                    webhook_refused: false,
                     timings: &Timings::default(),
                 },
                 case.now,
@@ -755,7 +756,9 @@ impl World {
             "what is paid for is what is recorded"
         );
         let (project, name) = (self.project(), attempt.display_name.clone());
-        match self.outcome(10) {
+        match self.outcome(11) {
+            10 if !attempt.polled => self.refused(RefusedCall::Create, Reason::WebhookRefused, false),
+            10 => self.refused(RefusedCall::Create, Reason::InputRefused, true),
             5 | 8 => self.refused(RefusedCall::Create, Reason::WaitingForQuota, false),
             6 => self.refused(RefusedCall::Create, Reason::CredentialsRefused, false),
             9 => self.refused(RefusedCall::Create, Reason::ModelNotFound, true),
