@@ -24,6 +24,8 @@ pub enum Reason {
     Cancelling,
     /// The last batch did not finish; a further one carries what is missing.
     Retrying,
+    /// Some requests failed with codes that `spec.retryPolicy` sends again; a further batch carries them.
+    RequestsFailed,
     /// Gemini does not answer, or answers with errors that pass.
     GeminiUnavailable,
     /// It is not known whether Gemini created the batch; it is being looked for.
@@ -109,7 +111,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, for documentation and for tests that none is forgotten.
-    pub const ALL: [Self; 47] = [
+    pub const ALL: [Self; 48] = [
         Self::Submitting,
         Self::Submitted,
         Self::WaitingForQuota,
@@ -120,6 +122,7 @@ impl Reason {
         Self::Suspended,
         Self::Cancelling,
         Self::Retrying,
+        Self::RequestsFailed,
         Self::GeminiUnavailable,
         Self::SubmissionUnconfirmed,
         Self::ResultsNotReadable,
@@ -179,6 +182,7 @@ impl Reason {
             Self::Suspended => "Suspended",
             Self::Cancelling => "Cancelling",
             Self::Retrying => "Retrying",
+            Self::RequestsFailed => "RequestsFailed",
             Self::GeminiUnavailable => "GeminiUnavailable",
             Self::SubmissionUnconfirmed => "SubmissionUnconfirmed",
             Self::ResultsNotReadable => "ResultsNotReadable",
