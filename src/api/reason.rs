@@ -22,7 +22,7 @@ pub enum Reason {
     Suspended,
     /// The batch is being cancelled.
     Cancelling,
-    /// The last batch did not finish; a further one carries what is missing.
+    /// The last batch did not finish, or requests in it failed; a further one carries them.
     Retrying,
     /// Some requests failed with codes that `spec.retryPolicy` sends again; a further batch carries them.
     RequestsFailed,
