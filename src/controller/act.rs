@@ -20,6 +20,7 @@ use super::memory::{
 use super::metrics::ByOutcome;
 use super::observe;
 use super::output::{self, Done};
+use super::retry::Judge;
 use super::run::Context;
 use super::{Credential, Problem, earlier, ending, identity};
 use crate::api::{Attempt, GeminiBatchJob, Method, Reason, Refusal, RefusedCall};
@@ -509,11 +510,13 @@ impl Step<'_> {
         memory: &mut Memory,
     ) -> Result<(), kube::Error> {
         let Some(attempt) = decide::current_attempt(self.job) else { return Ok(()) };
-        let keys = self.keys(attempt).await?;
         let limit = decide::output_name(self.job).map(|_| output::MAX_LINES_BYTES);
-        let mut collector = Collector::new(keys, limit);
+        let judge = Judge::of(self.job).and(attempt.number, ending::cut_short(attempt, batch));
+        let new = |keys| Collector::new(keys, limit, attempt.number, judge.clone());
+        let mut collector = new(self.keys(attempt).await?);
         let Some(key) = self.credential.map(|c| &c.key) else { return Ok(()) };
-        match earlier::lines(self.ctx, self.job, key, |raw, line| collector.earlier(raw, line)).await {
+        let read = earlier::lines(self.ctx, self.job, key, |raw, line, of| collector.earlier(raw, line, of));
+        match read.await {
             Ok(()) => {}
             Err(earlier::Error::Kubernetes(e)) => return Err(e),
             Err(earlier::Error::Gemini(e)) if e.is_absent() => {
@@ -525,7 +528,7 @@ impl Step<'_> {
                     return Ok(());
                 }
                 // They are gone; those of this attempt are not.
-                collector = Collector::new(self.keys(attempt).await?, limit);
+                collector = new(self.keys(attempt).await?);
                 collector.without_earlier();
             }
             Err(earlier::Error::Gemini(e)) => {

@@ -4,7 +4,8 @@
 //! The output object is asked first: what is in it does not expire. Without one the result files at Gemini are read
 //! again.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::ConfigMap;
@@ -12,9 +13,9 @@ use kube::{Api, ResourceExt as _};
 
 use super::Problem;
 use super::act::may_see;
-use super::collect::is_unanswered;
 use super::input::Input;
 use super::output;
+use super::retry::{self, Judge, Standing};
 use super::run::Context;
 use crate::api::{Attempt, GeminiBatchJob, Reason};
 use crate::gemini::results::{self, ResultLine};
@@ -31,26 +32,28 @@ pub enum Error {
     Gemini(#[from] gemini::Error),
 }
 
-/// Gives each line of earlier attempts to `take`, in the shape of a result file's lines. None, if there was none.
+/// Gives each line of earlier attempts to `take`, in the shape of a result file's lines, with the attempt that it came
+/// from. None, if there was none.
 pub async fn lines(
     ctx: &Context,
     job: &GeminiBatchJob,
     key: &ApiKey,
-    mut take: impl FnMut(&str, &ResultLine<'_>),
+    mut take: impl FnMut(&str, &ResultLine<'_>, i32),
 ) -> Result<(), Error> {
     // The keys of somebody else's file are not known: a further attempt carries it whole, and replaces what was.
     if over(job).is_empty() || !job.spec.has_own_input() {
         return Ok(());
     }
+    let mut stored_up_to = 0;
     if let Some(stored) = stored(ctx, job).await? {
-        for line in stored.lines() {
+        for line in stored.lines.lines() {
             if let Ok(parsed) = ResultLine::parse(line) {
-                take(line, &parsed);
+                take(line, &parsed, output::attempt_of(line));
             }
         }
-        return Ok(());
+        stored_up_to = stored.up_to;
     }
-    for attempt in over(job) {
+    for attempt in over(job).into_iter().filter(|a| a.number > stored_up_to) {
         let Some(file) = attempt.outcome.as_ref().and_then(|o| o.output_file.as_ref()) else { continue };
         let Ok(mut file) = FileName::parse(file) else { continue };
         if job.spec.credentials.is_none() {
@@ -66,28 +69,37 @@ pub async fn lines(
         let mut lines = results::Lines::new(ctx.gemini.download(key, &file).await?.stream.boxed());
         while let Some(line) = lines.next().await? {
             if let Some((text, Ok(parsed))) = line.text().map(|text| (text, ResultLine::parse(text))) {
-                take(text, &parsed);
+                take(text, &parsed, attempt.number);
             }
         }
     }
     Ok(())
 }
 
-/// Those requests that no earlier attempt has a result for.
+/// Those requests that no earlier attempt has a result for, and those whose error is worth another try.
 pub async fn without_answered(
     ctx: &Context,
     job: &GeminiBatchJob,
     key: &ApiKey,
     input: Input,
 ) -> Result<Result<Input, Problem>, kube::Error> {
-    let mut answered = HashSet::new();
-    let read = lines(ctx, job, key, |_, line| {
-        if let Some(key) = line.key.as_deref().filter(|_| !is_unanswered(&line.outcome)) {
-            answered.insert(key.to_owned());
+    let judge = Judge::of(job);
+    let mut found: HashMap<String, (i32, Standing)> = HashMap::new();
+    let read = lines(ctx, job, key, |_, line, attempt| {
+        let Some(key) = line.key.as_deref() else { return };
+        let new = (attempt, judge.standing(attempt, &line.outcome));
+        match found.entry(key.to_owned()) {
+            Entry::Vacant(entry) => _ = entry.insert(new),
+            Entry::Occupied(mut entry) if retry::replaces(*entry.get(), new) => _ = entry.insert(new),
+            Entry::Occupied(_) => {}
         }
     });
     match read.await {
-        Ok(()) => Ok(Ok(input.without(&answered))),
+        Ok(()) => {
+            let retry = retry::allowed_after(job, retry::tries(job));
+            let settled = found.into_iter().filter(|(_, (_, standing))| !standing.is_open(retry));
+            Ok(Ok(input.without(&settled.map(|(key, _)| key).collect())))
+        }
         Err(Error::Kubernetes(e)) => Err(e),
         Err(Error::Gemini(e)) if e.is_absent() => Ok(Err(Problem::new(
             Reason::ResultsLost,
@@ -110,12 +122,25 @@ fn over(job: &GeminiBatchJob) -> Vec<&Attempt> {
     over
 }
 
+/// What is in the output object.
+struct Stored {
+    lines: String,
+    /// The last attempt whose lines are among them: later ones were to go nowhere, and are with Gemini.
+    up_to: i32,
+}
+
 /// The results that are in the output object, if it is there and holds any.
-async fn stored(ctx: &Context, job: &GeminiBatchJob) -> Result<Option<String>, kube::Error> {
+async fn stored(ctx: &Context, job: &GeminiBatchJob) -> Result<Option<Stored>, kube::Error> {
     let Some(name) = job.status.as_ref().and_then(|s| s.output.as_ref()?.config_map.as_ref()) else {
         return Ok(None);
     };
     let maps: Api<ConfigMap> = Api::namespaced(ctx.client.clone(), &job.namespace().unwrap_or_default());
     let there = maps.get_opt(name).await?.filter(|there| output::is_ours(job, there));
-    Ok(there.and_then(|there| there.data?.remove(output::RESULTS_KEY)))
+    Ok(there.and_then(|there| {
+        let mut data = there.data?;
+        let lines = data.remove(output::RESULTS_KEY)?;
+        // Without its manifest it is taken for all that there is.
+        let up_to = data.get(output::MANIFEST_KEY).and_then(|manifest| output::stored_up_to(manifest));
+        Some(Stored { lines, up_to: up_to.unwrap_or(i32::MAX) })
+    }))
 }

@@ -7,6 +7,7 @@
 //! | [`act`] | yes | takes one step, folds its outcome into [`memory`] |
 //! | [`report`] | yes | writes one change to the job, and its Event |
 //! | [`earlier`] | yes | what earlier attempts left |
+//! | [`retry`] | no | which requests a further attempt carries |
 //! | [`sweep`] | yes | finds what callbacks did not tell |
 //! | [`census`] | yes | what Gemini has that the cluster may have forgotten |
 //! | [`quota`] | no | who may send next, for each API key |
@@ -35,6 +36,7 @@ pub mod policy;
 pub mod quota;
 pub mod report;
 pub mod request;
+pub mod retry;
 pub mod ring;
 pub mod run;
 pub mod schema_check;

@@ -27,6 +27,7 @@ mod main_job;
 mod metrics;
 mod outages;
 mod quota;
+mod retry;
 mod rules;
 mod sweep;
 mod unknown_outcomes;

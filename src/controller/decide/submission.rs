@@ -309,7 +309,7 @@ pub(super) fn submitting(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> Decis
             return record(Change::Submitted { batch: batch.clone(), adopted: true });
         }
         Some(Stage::Refused(refused)) if refused.is_final => {
-            return record(Change::Finished(Box::new(ending::refused(a, refused))));
+            return record(Change::Finished(Box::new(ending::refused(o.job, a, refused))));
         }
         Some(Stage::Refused(refused)) => return record(Change::Refused(Box::new(refused.clone()))),
         // Nothing was asked for yet.
