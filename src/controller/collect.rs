@@ -488,7 +488,9 @@ mod tests {
     fn within_one_file_a_response_counts_before_an_error() {
         for lines in [[ok("a", "x"), bad("a", 14)], [bad("a", 14), ok("a", "x")]] {
             let mut c = of(1, None, 1000);
-            lines.iter().for_each(|line| now(&mut c, line));
+            for line in &lines {
+                now(&mut c, line);
+            }
             let out = c.finish(None);
             assert_eq!((out.succeeded_lines, out.failed_lines, out.duplicate_lines), (1, 0, 1));
             assert!(kept(&out).unmatched.contains("14"));
@@ -561,8 +563,12 @@ mod tests {
             let keys = ["a", "b", "c"];
             let text = |(key, good): &(usize, bool)| if *good { ok(keys[*key], "x") } else { bad(keys[*key], 14) };
             let mut c = of(2, Some("RequestsFailed"), 10_000);
-            first.iter().for_each(|l| early(&mut c, &text(l), 1));
-            second.iter().for_each(|l| now(&mut c, &text(l)));
+            for l in &first {
+                early(&mut c, &text(l), 1);
+            }
+            for l in &second {
+                now(&mut c, &text(l));
+            }
             let out = c.finish(None);
             prop_assert_eq!(out.succeeded_lines + out.failed_lines + out.missing_keys, 3);
             prop_assert_eq!(results(&out).len(), usize::try_from(3 - out.missing_keys).unwrap());
