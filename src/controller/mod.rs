@@ -26,6 +26,7 @@ pub mod earlier;
 pub mod ending;
 pub mod identity;
 pub mod input;
+pub mod join;
 pub mod memory;
 pub mod metrics;
 pub mod namespaces;

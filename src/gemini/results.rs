@@ -50,6 +50,15 @@ pub struct Usage {
     pub total: i64,
 }
 
+impl Usage {
+    /// Adds what another line cost.
+    pub fn add(&mut self, other: &Self) {
+        self.prompt = self.prompt.saturating_add(other.prompt);
+        self.output = self.output.saturating_add(other.output);
+        self.total = self.total.saturating_add(other.total);
+    }
+}
+
 /// A line that is none of the known shapes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a line of a result file")]
