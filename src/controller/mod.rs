@@ -35,6 +35,7 @@ pub mod output;
 pub mod policy;
 pub mod quota;
 pub mod report;
+pub mod retry;
 pub mod ring;
 pub mod run;
 pub mod schema_check;

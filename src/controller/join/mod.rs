@@ -20,25 +20,24 @@ mod streams;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BinaryHeap;
+use std::collections::{BTreeMap, BinaryHeap};
 use std::io;
 
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use self::records::{Entry, Key, Kind, Line, Place, Slot};
+use self::records::{Entry, Found, Key, Kind, Line, Place, Slot};
 pub use self::scratch::Scratch;
 use self::scratch::{Reads, Spool, Table};
 pub use self::streams::{Stream, Streamed, What};
-use crate::controller::collect::is_unanswered;
+use super::retry::{self, Judge, Standing};
+use crate::api::conditions::cut;
 use crate::gemini::results::{Outcome, ResultLine, Usage};
 
 /// Failed and missing keys that are remembered by name.
 const SAMPLE: usize = 20;
-/// Failed keys of each source that are remembered until it is known which of them count.
-const CANDIDATES: usize = 3 * SAMPLE;
-/// Bytes of a key that are remembered by name.
-const NAMED_BYTES: usize = 1024;
+/// Bytes of a key by which it is named. One that was sent has no more.
+const NAME_BYTES: usize = 1024;
 /// Parts of each table: of 30 million keys, more than fit into an input of 2 GB, one part takes 20 MB.
 const PARTS: usize = 128;
 
@@ -64,15 +63,6 @@ impl Limits {
     }
 }
 
-/// Which of the files that are read one after the other a line is from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Source(pub u8);
-
-impl Source {
-    /// The attempt whose results are being collected: it comes after all others.
-    pub const PRESENT: Self = Self(u8::MAX);
-}
-
 /// Whether lines are wanted, or only counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
@@ -87,9 +77,12 @@ pub enum Keep {
 pub struct Join {
     limits: Limits,
     keep: Keep,
+    judge: Judge,
+    /// Whose result file is going to be read.
+    attempt: i32,
     /// Whether the keys are known. If not, the order of results is that of their arrival.
     joined: bool,
-    /// The keys as JSON, a line for each.
+    /// As JSON, a line for each key or, if they are not known, for each line.
     names: Spool,
     lines: Spool,
     keys: Table<{ Key::SIZE }>,
@@ -99,11 +92,8 @@ pub struct Join {
     line_count: u32,
     /// A line that is too long to be held comes in pieces.
     open: Option<Place>,
-    /// Lines that belong to no request, whatever the keys are.
+    /// Lines that belong to no request.
     loose: Bits,
-    candidates: Vec<(u32, String, Option<i32>)>,
-    /// Of which source how many are among them.
-    last_candidate: (Source, usize),
     out: Counts,
 }
 
@@ -120,18 +110,31 @@ pub struct Counts {
     pub failed_sample: Vec<(String, Option<i32>)>,
     /// Those of the failed requests that were never answered.
     pub unanswered: i64,
+    /// Those that `spec.retryPolicy` sends again, if it allows a further attempt.
+    pub retryable: i64,
+    /// Which attempt the lines of requests came from.
+    pub by_attempt: BTreeMap<i32, Tally>,
     /// Requests without any line.
     pub missing: i64,
     /// The first of them.
     pub missing_sample: Vec<String>,
-    /// Lines of the present attempt whose key had one before.
+    /// Lines whose key has another one that counts.
     pub duplicate: i64,
     /// Lines whose key was not sent, or that have none.
     pub foreign: i64,
     /// Lines that can't be read.
     pub malformed: i64,
-    /// Tokens, summed over all lines that count and those that belong to no request.
+    /// Tokens, summed over all lines.
     pub usage: Usage,
+}
+
+/// Lines that came from one attempt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Responses.
+    pub succeeded: i64,
+    /// Errors.
+    pub failed: i64,
 }
 
 /// One bit for each line.
@@ -157,17 +160,17 @@ impl Bits {
 impl Join {
     /// Of requests whose keys are given with [`Join::key`].
     #[must_use]
-    pub fn with_keys(limits: Limits, keep: Keep) -> Self {
-        Self::new(limits, keep, true)
+    pub fn with_keys(limits: Limits, keep: Keep, attempt: i32, judge: Judge) -> Self {
+        Self::new(limits, keep, attempt, judge, true)
     }
 
     /// Of requests whose keys are not known.
     #[must_use]
-    pub fn without_keys(limits: Limits, keep: Keep) -> Self {
-        Self::new(limits, keep, false)
+    pub fn without_keys(limits: Limits, keep: Keep, attempt: i32, judge: Judge) -> Self {
+        Self::new(limits, keep, attempt, judge, false)
     }
 
-    fn new(limits: Limits, keep: Keep, joined: bool) -> Self {
+    fn new(limits: Limits, keep: Keep, attempt: i32, judge: Judge, joined: bool) -> Self {
         let Limits { lines, table, parts, ref scratch } = limits;
         Self {
             names: Spool::new(scratch, lines),
@@ -177,13 +180,13 @@ impl Join {
             places: Table::new(scratch, 1, table),
             limits,
             keep,
+            judge,
+            attempt,
             joined,
             key_count: 0,
             line_count: 0,
             open: None,
             loose: Bits::default(),
-            candidates: Vec::new(),
-            last_candidate: (Source(0), 0),
             out: Counts::default(),
         }
     }
@@ -191,49 +194,49 @@ impl Join {
     /// Bytes held in memory: whatever the size of the files, at most what the limits say, but for a bit of each line.
     #[must_use]
     pub fn held(&self) -> usize {
-        let candidates: usize = self.candidates.iter().map(|(_, key, _)| key.capacity()).sum();
         self.names.held()
             + self.lines.held()
             + self.keys.held()
             + self.arrived.held()
             + self.places.held()
             + self.loose.0.capacity()
-            + candidates
     }
 
     /// The next key that was sent.
     pub fn key(&mut self, key: &str) -> io::Result<()> {
         let position = self.key_count;
         self.key_count = position.checked_add(1).ok_or_else(too_many)?;
-        self.names.append(format!("{}\n", json!(key)).as_bytes())?;
+        self.name(key)?;
         let hash = hash(key);
         self.keys.push(part_of(&hash, self.limits.parts), &Key { hash, position }.to_bytes())
     }
 
-    /// A line as it came, and what it says.
-    pub fn line(&mut self, source: Source, raw: &str, line: &ResultLine<'_>) -> io::Result<()> {
-        let unanswered = is_unanswered(&line.outcome);
-        // What was never answered then was sent again.
-        if unanswered && source < Source::PRESENT {
-            return Ok(());
-        }
+    fn name(&mut self, key: &str) -> io::Result<()> {
+        self.names.append(format!("{}\n", json!(cut(key, NAME_BYTES))).as_bytes())
+    }
+
+    /// A line that an earlier attempt left; after a crash in between also one of this attempt, stored already.
+    pub fn earlier(&mut self, raw: &str, line: &ResultLine<'_>, attempt: i32) -> io::Result<()> {
+        self.take(raw, line, attempt, true)
+    }
+
+    /// A line of this attempt, as it came, and what it says.
+    pub fn line(&mut self, raw: &str, line: &ResultLine<'_>) -> io::Result<()> {
+        self.take(raw, line, self.attempt, false)
+    }
+
+    fn take(&mut self, raw: &str, line: &ResultLine<'_>, attempt: i32, early: bool) -> io::Result<()> {
         let Some(key) = line.key.as_deref() else {
             self.out.foreign += 1;
             self.out.usage.add(&line.usage);
             return self.unmatched(raw.as_bytes());
         };
-        let (kind, code) = match &line.outcome {
-            Outcome::Response(_) => (Kind::Response, None),
-            Outcome::Error { code, .. } if unanswered => (Kind::Unanswered, *code),
-            Outcome::Error { code, .. } => (Kind::Error, *code),
-        };
+        let code = if let Outcome::Error { code, .. } = line.outcome { code } else { None };
+        let kind = Kind { attempt, standing: self.judge.standing(attempt, &line.outcome), code };
         let place = self.spool(raw.as_bytes())?;
-        let number = self.next_line(place)?;
-        if kind != Kind::Response {
-            self.candidate(source, number, key, code);
-        }
+        let number = self.next_line(place, key)?;
         let hash = hash(key);
-        let record = Line { hash, number, source, kind, place, usage: line.usage };
+        let record = Line { hash, number, early, kind, place, usage: line.usage };
         self.arrived.push(part_of(&hash, self.limits.parts), &record.to_bytes())
     }
 
@@ -248,19 +251,23 @@ impl Join {
         let there = self.spool(raw)?;
         let mut line = self.open.take().unwrap_or(Place { len: 0, ..there });
         line.len += raw.len() as u64;
-        if !last {
-            self.open = Some(line);
-            return Ok(());
+        if last {
+            return self.too_long(line);
         }
+        self.open = Some(line);
+        Ok(())
+    }
+
+    fn too_long(&mut self, line: Place) -> io::Result<()> {
         self.out.malformed += 1;
-        let number = self.next_line(line)?;
+        let number = self.next_line(line, "")?;
         self.loose.set(number);
         Ok(())
     }
 
     fn unmatched(&mut self, raw: &[u8]) -> io::Result<()> {
         let place = self.spool(raw)?;
-        let number = self.next_line(place)?;
+        let number = self.next_line(place, "")?;
         self.loose.set(number);
         Ok(())
     }
@@ -273,64 +280,53 @@ impl Join {
         Ok(place)
     }
 
-    fn next_line(&mut self, place: Place) -> io::Result<u32> {
+    fn next_line(&mut self, place: Place, key: &str) -> io::Result<u32> {
         let number = self.line_count;
         self.line_count = number.checked_add(1).ok_or_else(too_many)?;
+        if !self.joined {
+            self.name(key)?;
+        }
         if self.keep == Keep::Lines {
             self.places.push(0, &place.to_bytes())?;
         }
         Ok(number)
     }
 
-    fn candidate(&mut self, source: Source, number: u32, key: &str, code: Option<i32>) {
-        if self.last_candidate.0 != source {
-            self.last_candidate = (source, 0);
-        }
-        if self.last_candidate.1 < CANDIDATES {
-            self.last_candidate.1 += 1;
-            let key = crate::api::conditions::cut(key, NAMED_BYTES).to_owned();
-            self.candidates.push((number, key, code));
-        }
-    }
-
     /// All lines are there: joins them.
     pub fn finish(mut self) -> io::Result<Joined> {
         if let Some(line) = self.open.take() {
-            self.out.malformed += 1;
-            let number = self.next_line(line)?;
-            self.loose.set(number);
+            self.too_long(line)?;
         }
         let positions = if self.joined { self.key_count } else { self.line_count };
         let mut slots = Table::new(&self.limits.scratch, self.limits.parts, self.limits.table);
-        let mut missing = Smallest::default();
-        let mut failed = Vec::new();
+        let (mut missing, mut failed) = (Smallest::default(), Smallest::default());
         let mut largest = 0;
         for part in 0..self.limits.parts {
             let mut entries = self.entries(part)?;
             self.fold(part, &mut entries)?;
             largest = largest.max(entries.capacity() * size_of::<Entry>());
-            for entry in &entries {
-                let Some(line) = &entry.line else {
+            for Entry { position, line, .. } in entries {
+                let Some(line) = line else {
                     self.out.missing += 1;
-                    missing.add(entry.position);
+                    missing.add((position, None));
                     continue;
                 };
-                failed.extend(self.count(line));
+                if !self.count(line.kind) {
+                    failed.add((position, line.kind.code));
+                }
                 if self.keep == Keep::Lines {
-                    let slot = Slot { position: entry.position, kind: line.kind, place: line.place };
-                    slots.push(slot_part(entry.position, positions, self.limits.parts), &slot.to_bytes())?;
+                    let slot = Slot { position, kind: line.kind, place: line.place };
+                    slots.push(slot_part(position, positions, self.limits.parts), &slot.to_bytes())?;
                 }
             }
         }
         self.out.keys = i64::from(self.key_count);
-        self.out.missing_sample = self.names_of(&missing.sorted())?;
-        // In the order of their arrival.
-        failed.sort_unstable();
-        let failed = failed.iter().take(SAMPLE).filter_map(|at| self.candidates.get(*at));
-        self.out.failed_sample = failed.map(|(_, key, code)| (key.clone(), *code)).collect();
+        self.out.missing_sample = self.named(missing)?.into_iter().map(|(key, _)| key).collect();
+        self.out.failed_sample = self.named(failed)?;
         Ok(Joined {
             counts: self.out,
             joined: self.joined,
+            names_attempts: self.attempt > 1,
             positions,
             parts: self.limits.parts,
             names: self.names,
@@ -371,79 +367,80 @@ impl Join {
         let mut lines = self.arrived.records(part);
         while let Some(bytes) = lines.next()? {
             let line = Line::from_bytes(&bytes);
-            let entry =
-                entries.binary_search_by_key(&line.hash, |e| e.hash).ok().and_then(|i| entries.get_mut(i));
-            let Some(entry) = entry else {
+            let found = entries.binary_search_by_key(&line.hash, |e| e.hash).ok();
+            let Some(entry) = found.and_then(|at| entries.get_mut(at)) else {
                 self.out.foreign += 1;
                 self.out.usage.add(&line.usage);
                 self.loose.set(line.number);
                 continue;
             };
-            match &entry.line {
-                None => entry.line = Some(line),
-                Some(before) if before.source == Source::PRESENT => {
-                    self.out.duplicate += 1;
-                    self.out.usage.add(&line.usage);
-                    self.loose.set(line.number);
-                }
-                // An error that was worth another try gives way to what came of that. Anything else was read twice: the
-                // results of this very attempt are stored already, and it was interrupted in between.
-                Some(before) if before.kind == Kind::Error && before.source < line.source => {
-                    entry.line = Some(line);
-                }
-                Some(_) => {}
+            let Some(old) = entry.line else {
+                self.out.usage.add(&line.usage);
+                entry.line = Some(Found::from(line));
+                continue;
+            };
+            let (before, now) = (old.kind, line.kind);
+            if !line.early && old.early && before.attempt == now.attempt {
+                continue; // this very line is stored already
             }
+            self.out.usage.add(&line.usage);
+            if !retry::replaces((before.attempt, before.standing), (now.attempt, now.standing)) {
+                self.out.duplicate += 1;
+                self.loose.set(line.number);
+                continue;
+            }
+            if before.attempt == now.attempt {
+                self.out.duplicate += 1;
+                self.loose.set(old.number);
+            }
+            entry.line = Some(Found::from(line));
         }
         Ok(())
     }
 
-    /// Counts the line of a key. If it is a failure whose key is remembered by name: where.
-    fn count(&mut self, line: &Line) -> Option<usize> {
-        self.out.usage.add(&line.usage);
-        if line.kind == Kind::Response {
+    /// Counts what came of a request in the end. Whether it has a response.
+    fn count(&mut self, kind: Kind) -> bool {
+        let tally = self.out.by_attempt.entry(kind.attempt).or_default();
+        if kind.standing == Standing::Response {
+            tally.succeeded += 1;
             self.out.succeeded += 1;
-            return None;
+            return true;
         }
+        tally.failed += 1;
         self.out.failed += 1;
-        self.out.unanswered += i64::from(line.kind == Kind::Unanswered);
-        self.candidates.binary_search_by_key(&line.number, |(number, ..)| *number).ok()
+        self.out.unanswered += i64::from(kind.standing == Standing::Unanswered);
+        self.out.retryable += i64::from(kind.standing == Standing::Retryable);
+        false
     }
 
-    /// The keys at these places, which are in order.
-    fn names_of(&self, positions: &[u32]) -> io::Result<Vec<String>> {
+    /// The keys at these places.
+    fn named(&self, places: Smallest) -> io::Result<Vec<(String, Option<i32>)>> {
         let mut names = Reads::new(&self.names);
-        let mut wanted = positions.iter().copied().peekable();
-        let mut found = Vec::new();
-        let mut position = 0;
-        while let Some(next) = wanted.peek()
-            && let Some(name) = names.line(NAMED_BYTES)?
-        {
-            if position == *next {
-                found.extend(serde_json::from_slice::<String>(name));
-                wanted.next();
+        let mut named = Vec::new();
+        let mut next = 0;
+        for (position, code) in places.0.into_sorted_vec() {
+            while next < position {
+                names.line(NAME_BYTES)?;
+                next += 1;
             }
-            position += 1;
+            let name = names.line(NAME_BYTES)?.and_then(|name| serde_json::from_slice(name).ok());
+            named.push((name.unwrap_or_default(), code));
+            next += 1;
         }
-        Ok(found)
+        Ok(named)
     }
 }
 
-/// The smallest of many numbers.
+/// The first of many places, with what is known of them.
 #[derive(Default)]
-struct Smallest(BinaryHeap<u32>);
+struct Smallest(BinaryHeap<(u32, Option<i32>)>);
 
 impl Smallest {
-    fn add(&mut self, number: u32) {
-        if self.0.len() < SAMPLE {
-            self.0.push(number);
-        } else if self.0.peek().is_some_and(|largest| *largest > number) {
+    fn add(&mut self, place: (u32, Option<i32>)) {
+        self.0.push(place);
+        if self.0.len() > SAMPLE {
             self.0.pop();
-            self.0.push(number);
         }
-    }
-
-    fn sorted(self) -> Vec<u32> {
-        self.0.into_sorted_vec()
     }
 }
 
@@ -453,6 +450,8 @@ pub struct Joined {
     /// What was found.
     pub counts: Counts,
     joined: bool,
+    /// Which attempt a line came from is of interest only if there were several.
+    names_attempts: bool,
     positions: u32,
     parts: usize,
     names: Spool,

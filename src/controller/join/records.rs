@@ -1,6 +1,6 @@
 //! What is remembered of keys and lines, in as few bytes as it takes.
 
-use super::Source;
+use crate::controller::retry::Standing;
 use crate::gemini::results::Usage;
 
 /// Takes the fields of a record one after the other.
@@ -30,6 +30,10 @@ impl Fields<'_> {
         i64::from_le_bytes(self.take())
     }
 
+    fn i32(&mut self) -> i32 {
+        i32::from_le_bytes(self.take())
+    }
+
     fn u8(&mut self) -> u8 {
         let [byte] = self.take();
         byte
@@ -46,20 +50,39 @@ fn record<const N: usize>(fields: &[&[u8]]) -> [u8; N] {
 
 /// What came of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    Response,
-    Error,
-    /// An error that only says that the batch ended before it was the request's turn.
-    Unanswered,
+pub(super) struct Kind {
+    /// Which attempt it came from.
+    pub attempt: i32,
+    pub standing: Standing,
+    /// Google's code of an error.
+    pub code: Option<i32>,
 }
 
 impl Kind {
-    fn from_byte(byte: u8) -> Self {
-        match byte {
-            0 => Self::Response,
-            1 => Self::Error,
-            _ => Self::Unanswered,
-        }
+    const SIZE: usize = 10;
+
+    fn to_bytes(self) -> [u8; Self::SIZE] {
+        let standing = match self.standing {
+            Standing::Response => 0,
+            Standing::Failed => 1,
+            Standing::Retryable => 2,
+            Standing::Unanswered => 3,
+        };
+        let code = self.code.unwrap_or_default().to_le_bytes();
+        record(&[&self.attempt.to_le_bytes(), &[standing, u8::from(self.code.is_some())], &code])
+    }
+
+    fn from(fields: &mut Fields<'_>) -> Self {
+        let attempt = fields.i32();
+        let standing = match fields.u8() {
+            0 => Standing::Response,
+            1 => Standing::Failed,
+            2 => Standing::Retryable,
+            _ => Standing::Unanswered,
+        };
+        let has_code = fields.u8() == 1;
+        let code = fields.i32();
+        Self { attempt, standing, code: has_code.then_some(code) }
     }
 }
 
@@ -110,20 +133,22 @@ pub(super) struct Line {
     pub hash: [u8; 16],
     /// How many lines came before it.
     pub number: u32,
-    pub source: Source,
+    /// Read as one of an earlier attempt.
+    pub early: bool,
     pub kind: Kind,
     pub place: Place,
     pub usage: Usage,
 }
 
 impl Line {
-    pub const SIZE: usize = 62;
+    pub const SIZE: usize = 16 + 4 + 1 + Kind::SIZE + Place::SIZE + 24;
 
     pub fn to_bytes(self) -> [u8; Self::SIZE] {
         record(&[
             &self.hash,
             &self.number.to_le_bytes(),
-            &[self.source.0, self.kind as u8],
+            &[u8::from(self.early)],
+            &self.kind.to_bytes(),
             &self.place.to_bytes(),
             &self.usage.prompt.to_le_bytes(),
             &self.usage.output.to_le_bytes(),
@@ -136,8 +161,8 @@ impl Line {
         Self {
             hash: fields.take(),
             number: fields.u32(),
-            source: Source(fields.u8()),
-            kind: Kind::from_byte(fields.u8()),
+            early: fields.u8() == 1,
+            kind: Kind::from(&mut fields),
             place: Place { offset: fields.u64(), len: fields.u64() },
             usage: Usage { prompt: fields.i64(), output: fields.i64(), total: fields.i64() },
         }
@@ -149,7 +174,22 @@ impl Line {
 pub(super) struct Entry {
     pub hash: [u8; 16],
     pub position: u32,
-    pub line: Option<Line>,
+    pub line: Option<Found>,
+}
+
+/// What is needed of a line while its part is joined.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Found {
+    pub number: u32,
+    pub early: bool,
+    pub kind: Kind,
+    pub place: Place,
+}
+
+impl From<Line> for Found {
+    fn from(Line { number, early, kind, place, .. }: Line) -> Self {
+        Self { number, early, kind, place }
+    }
 }
 
 impl From<Key> for Entry {
@@ -167,17 +207,17 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    pub const SIZE: usize = 21;
+    pub const SIZE: usize = 4 + Kind::SIZE + Place::SIZE;
 
     pub fn to_bytes(self) -> [u8; Self::SIZE] {
-        record(&[&self.position.to_le_bytes(), &[self.kind as u8], &self.place.to_bytes()])
+        record(&[&self.position.to_le_bytes(), &self.kind.to_bytes(), &self.place.to_bytes()])
     }
 
     pub fn from_bytes(bytes: &[u8; Self::SIZE]) -> Self {
         let mut fields = Fields(bytes);
         Self {
             position: fields.u32(),
-            kind: Kind::from_byte(fields.u8()),
+            kind: Kind::from(&mut fields),
             place: Place { offset: fields.u64(), len: fields.u64() },
         }
     }
@@ -192,14 +232,16 @@ mod tests {
         #[test]
         fn records_come_back_as_they_went(
             hash: [u8; 16],
-            (number, position, source, kind) in (any::<u32>(), any::<u32>(), any::<u8>(), 0u8..3),
+            (number, position, early) in any::<(u32, u32, bool)>(),
+            (attempt, standing, code) in any::<(i32, u8, Option<i32>)>(),
             (offset, len) in any::<(u64, u64)>(),
             (prompt, output, total) in any::<(i64, i64, i64)>(),
         ) {
-            let kind = Kind::from_byte(kind);
+            let standings = [Standing::Response, Standing::Failed, Standing::Retryable, Standing::Unanswered];
+            let kind = Kind { attempt, standing: standings[usize::from(standing % 4)], code };
             let place = Place { offset, len };
             let usage = Usage { prompt, output, total };
-            let line = Line { hash, number, source: Source(source), kind, place, usage };
+            let line = Line { hash, number, early, kind, place, usage };
             prop_assert_eq!(Line::from_bytes(&line.to_bytes()), line);
             let slot = Slot { position, kind, place };
             prop_assert_eq!(Slot::from_bytes(&slot.to_bytes()), slot);

@@ -8,8 +8,9 @@ use sha2::{Digest as _, Sha256};
 
 use super::records::{Kind, Place, Slot};
 use super::scratch::{Reads, Records};
-use super::{Joined, NAMED_BYTES, slot_part};
+use super::{Joined, NAME_BYTES, slot_part};
 use crate::controller::identity::hex;
+use crate::controller::retry::Standing;
 use crate::gemini::results::{Outcome, ResultLine};
 
 /// Which lines.
@@ -92,7 +93,7 @@ impl<'a> Stream<'a> {
         while chunk.len() < bytes {
             let more = match self.what {
                 What::Results => self.result(&mut chunk, |_| true)?,
-                What::Errors => self.result(&mut chunk, |kind| kind != Kind::Response)?,
+                What::Errors => self.result(&mut chunk, |kind| kind.standing != Standing::Response)?,
                 What::Missing => self.missing(&mut chunk)?,
                 What::Unmatched => self.unmatched(&mut chunk)?,
             };
@@ -148,7 +149,7 @@ impl<'a> Stream<'a> {
             && wanted(kind)
         {
             let line = self.lines.at(place.offset, size(place.len)?)?;
-            render(line, out)?;
+            render(line, self.of.names_attempts.then_some(kind.attempt), out)?;
             self.done.lines += 1;
         }
         Ok(true)
@@ -158,7 +159,7 @@ impl<'a> Stream<'a> {
         if !self.of.joined {
             return Ok(false);
         }
-        let (Some(slot), Some(name)) = (self.slot()?, self.names.line(NAMED_BYTES)?) else {
+        let (Some(slot), Some(name)) = (self.slot()?, self.names.line(NAME_BYTES)?) else {
             return Ok(false);
         };
         if slot.is_none() {
@@ -205,7 +206,7 @@ fn size(len: u64) -> io::Result<usize> {
 }
 
 /// A line of the results.
-fn render(raw: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
+fn render(raw: &[u8], attempt: Option<i32>, out: &mut Vec<u8>) -> io::Result<()> {
     // It was read before, so it can be read again.
     let line = std::str::from_utf8(raw).ok().and_then(|raw| ResultLine::parse(raw).ok());
     let line = line.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
@@ -214,6 +215,9 @@ fn render(raw: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
         Outcome::Response(response) => {
             out.extend_from_slice(b"{\"key\":");
             out.extend_from_slice(key.to_string().as_bytes());
+            if let Some(attempt) = attempt {
+                out.extend_from_slice(format!(",\"attempt\":{attempt}").as_bytes());
+            }
             // The response is kept byte by byte: it was paid for.
             out.extend_from_slice(b",\"response\":");
             out.extend_from_slice(response.get().as_bytes());
@@ -227,7 +231,11 @@ fn render(raw: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
             if let Some(message) = message {
                 error.insert("message".to_owned(), json!(message));
             }
-            out.extend_from_slice(json!({"key": key, "error": error}).to_string().as_bytes());
+            let mut line = json!({"key": key, "error": error});
+            if let Some(attempt) = attempt {
+                line["attempt"] = json!(attempt);
+            }
+            out.extend_from_slice(line.to_string().as_bytes());
         }
     }
     out.push(b'\n');

@@ -5,21 +5,40 @@ use serde_json::{Value, json};
 
 use super::*;
 
+/// The attempt whose results are collected.
+const PRESENT: i32 = 4;
+
+/// The second attempt was cut short.
+fn judge() -> Judge {
+    Judge { cut_short: vec![2] }
+}
+
 /// The same by the simplest means, with everything in memory.
 #[derive(Default)]
 struct Model {
     keys: Vec<String>,
     joined: bool,
-    /// Source, outcome and line of each key.
-    found: HashMap<String, (Source, String, String)>,
+    found: HashMap<String, Of>,
     counts: Counts,
-    unmatched: String,
+    /// Lines in the order of their arrival, and whether they belong to no request.
+    lines: Vec<(String, bool)>,
+}
+
+/// The line that a key has.
+#[derive(Clone)]
+struct Of {
+    attempt: i32,
+    early: bool,
+    standing: Standing,
+    line: usize,
+    text: String,
 }
 
 /// A line as a result file has it.
 #[derive(Clone, Debug)]
 struct Sent {
-    source: Source,
+    attempt: i32,
+    early: bool,
     raw: String,
 }
 
@@ -34,86 +53,103 @@ impl Model {
         model
     }
 
-    fn loose(&mut self, raw: &str) {
-        self.unmatched += raw;
-        self.unmatched += "\n";
-    }
-
-    /// What is no prompt was produced by the model.
-    fn cost(&mut self, tokens: i64) {
-        self.counts.usage.add(&Usage { prompt: 0, output: tokens, total: tokens });
-    }
-
-    fn line(&mut self, Sent { source, raw }: &Sent) {
+    fn line(&mut self, Sent { attempt, early, raw }: &Sent) {
+        self.lines.push((raw.clone(), true));
+        let number = self.lines.len() - 1;
         let Ok(Value::Object(line)) = serde_json::from_str(raw) else {
             self.counts.malformed += 1;
-            return self.loose(raw);
+            return;
         };
-        let total =
+        let tokens =
             line.get("response").map_or(0, |r| r["usageMetadata"]["totalTokenCount"].as_i64().unwrap());
-        let code = line.get("error").map(|e| e["code"].as_i64().unwrap());
-        let (kind, text) = match code {
-            Some(1 | 4) => ("unanswered", json!({"error": line["error"], "key": line["key"]}).to_string()),
-            Some(_) => ("error", json!({"error": line["error"], "key": line["key"]}).to_string()),
-            None => ("response", format!("{{\"key\":{},\"response\":{}}}", line["key"], line["response"])),
+        let standing = match line.get("error").map(|e| e["code"].as_i64().unwrap()) {
+            Some(1 | 4) if *attempt == 2 => Standing::Unanswered,
+            Some(_) => Standing::Failed,
+            None => Standing::Response,
         };
-        if *source < Source::PRESENT && kind == "unanswered" {
+        let text = match standing {
+            Standing::Response => {
+                format!("{{\"key\":{},\"attempt\":{attempt},\"response\":{}}}", line["key"], line["response"])
+            }
+            _ => json!({"error": line["error"], "key": line["key"], "attempt": attempt}).to_string(),
+        };
+        let key = line["key"].as_str().unwrap().to_owned();
+        let new = Of { attempt: *attempt, early: *early, standing, line: number, text };
+        let old = self.found.get(&key).cloned();
+        if let Some(old) = &old
+            && !early
+            && old.early
+            && old.attempt == *attempt
+        {
+            self.lines[number].1 = false;
             return;
         }
-        let key = line["key"].as_str().unwrap().to_owned();
+        // What is no prompt was produced by the model.
+        self.counts.usage.add(&Usage { prompt: 0, output: tokens, total: tokens });
         if !self.keys.contains(&key) {
             if self.joined {
                 self.counts.foreign += 1;
-                self.cost(total);
-                return self.loose(raw);
+                return;
             }
             self.keys.push(key.clone());
         }
-        match self.found.get(&key) {
-            Some((Source::PRESENT, ..)) => {
+        if let Some(old) = old {
+            let better = old.standing != Standing::Response
+                && (new.standing == Standing::Response || new.attempt > old.attempt);
+            if !better {
                 self.counts.duplicate += 1;
-                self.cost(total);
-                return self.loose(raw);
+                return;
             }
-            Some((before, kind, _)) if kind != "error" || before == source => return,
-            _ => {}
+            if old.attempt == new.attempt {
+                self.counts.duplicate += 1;
+                self.lines[old.line].1 = true;
+            }
         }
-        self.cost(total);
-        self.found.insert(key, (*source, kind.to_owned(), text));
+        self.lines[number].1 = false;
+        self.found.insert(key, new);
     }
 
     fn finish(&mut self) {
         self.counts.keys = if self.joined { self.keys.len() as i64 } else { 0 };
         for key in &self.keys {
-            match self.found.get(key) {
-                None => {
-                    self.counts.missing += 1;
-                    if self.counts.missing_sample.len() < SAMPLE {
-                        self.counts.missing_sample.push(key.clone());
-                    }
+            let Some(Of { attempt, standing, text, .. }) = self.found.get(key) else {
+                self.counts.missing += 1;
+                if self.counts.missing_sample.len() < SAMPLE {
+                    self.counts.missing_sample.push(key.clone());
                 }
-                Some((_, kind, _)) => {
-                    self.counts.succeeded += i64::from(kind == "response");
-                    self.counts.failed += i64::from(kind != "response");
-                    self.counts.unanswered += i64::from(kind == "unanswered");
-                }
+                continue;
+            };
+            let tally = self.counts.by_attempt.entry(*attempt).or_default();
+            if *standing == Standing::Response {
+                tally.succeeded += 1;
+                self.counts.succeeded += 1;
+                continue;
+            }
+            tally.failed += 1;
+            self.counts.failed += 1;
+            self.counts.unanswered += i64::from(*standing == Standing::Unanswered);
+            if self.counts.failed_sample.len() < SAMPLE {
+                let code = serde_json::from_str::<Value>(text).unwrap()["error"]["code"].as_i64();
+                self.counts.failed_sample.push((key.clone(), code.map(|c| c as i32)));
             }
         }
     }
 
     fn text(&self, what: What) -> String {
         let found = self.keys.iter().filter_map(|key| self.found.get(key));
+        let with_break = |text: &String| format!("{text}\n");
         match what {
-            What::Results => found.map(|(.., text)| format!("{text}\n")).collect(),
-            What::Errors => found
-                .filter(|(_, kind, _)| kind != "response")
-                .map(|(.., text)| format!("{text}\n"))
-                .collect(),
+            What::Results => found.map(|of| with_break(&of.text)).collect(),
+            What::Errors => {
+                found.filter(|of| of.standing != Standing::Response).map(|of| with_break(&of.text)).collect()
+            }
             What::Missing => {
-                let missing = self.keys.iter().filter(|key| !self.found.contains_key(*key));
+                let missing = self.keys.iter().filter(|key| self.joined && !self.found.contains_key(*key));
                 missing.map(|key| format!("{}\n", json!({"key": key}))).collect()
             }
-            What::Unmatched => self.unmatched.clone(),
+            What::Unmatched => {
+                self.lines.iter().filter(|(_, loose)| *loose).map(|(raw, _)| with_break(raw)).collect()
+            }
         }
     }
 }
@@ -121,15 +157,16 @@ impl Model {
 /// What one join gives.
 fn joined(limits: Limits, keys: Option<&[String]>, lines: &[Sent], keep: Keep) -> Joined {
     let mut join = match keys {
-        Some(_) => Join::with_keys(limits, keep),
-        None => Join::without_keys(limits, keep),
+        Some(_) => Join::with_keys(limits, keep, PRESENT, judge()),
+        None => Join::without_keys(limits, keep, PRESENT, judge()),
     };
     for key in keys.unwrap_or_default() {
         join.key(key).unwrap();
     }
-    for Sent { source, raw } in lines {
+    for Sent { attempt, early, raw } in lines {
         match ResultLine::parse(raw) {
-            Ok(line) => join.line(*source, raw, &line).unwrap(),
+            Ok(line) if *early => join.earlier(raw, &line, *attempt).unwrap(),
+            Ok(line) => join.line(raw, &line).unwrap(),
             Err(_) => join.malformed(raw.as_bytes()).unwrap(),
         }
     }
@@ -159,7 +196,7 @@ fn response(key: &str, answer: &str, tokens: i64) -> String {
     )
 }
 
-fn error(key: &str, code: i64) -> String {
+fn error(key: &str, code: i32) -> String {
     json!({"key": key, "error": {"code": code, "message": "m"}}).to_string()
 }
 
@@ -176,16 +213,14 @@ fn any_line() -> impl Strategy<Value = Sent> {
         6 => error(&key, 1),
         _ => format!("not a line {text}"),
     });
-    (0..4u8, raw).prop_map(|(source, raw)| {
-        let source = if source == 3 { Source::PRESENT } else { Source(source) };
-        Sent { source, raw }
-    })
+    // As one of an earlier attempt also what this one stored before it was interrupted.
+    (1..6i32, raw).prop_map(|(n, raw)| Sent { attempt: n.min(PRESENT), early: n <= PRESENT, raw })
 }
 
 fn any_lines() -> impl Strategy<Value = Vec<Sent>> {
-    // Sources are read one after the other.
+    // What earlier attempts left is read first.
     prop::collection::vec(any_line(), 0..60).prop_map(|mut lines| {
-        lines.sort_by_key(|l| l.source);
+        lines.sort_by_key(|l| !l.early);
         lines
     })
 }
@@ -211,14 +246,7 @@ proptest! {
             prop_assert_eq!(streamed.lines, text.matches('\n').count() as u64);
             prop_assert_eq!(streamed.sha256, crate::controller::identity::hex(&Sha256::digest(&text)));
         }
-        let failed = joined.counts.failed_sample.clone();
-        prop_assert_eq!(failed.len() as i64, joined.counts.failed.min(SAMPLE as i64));
-        for (key, code) in failed {
-            let named = format!("\"code\":{}", code.unwrap());
-            let known = model.found.get(&key).is_some_and(|(.., text)| text.contains(&named));
-            prop_assert!(known, "{} {}", key, named);
-        }
-        prop_assert_eq!(&Counts { failed_sample: Vec::new(), ..joined.counts }, &model.counts);
+        prop_assert_eq!(&joined.counts, &model.counts);
     }
 
     /// Without lines the counts are the same, and nothing of a line is held or written.
@@ -242,7 +270,7 @@ fn memory_is_bounded_whatever_the_size() {
     let limits = Limits { lines: MEMORY, table: MEMORY, parts: 64, scratch: scratch.clone() };
     // Two spools; four tables, whose vectors may have room for twice what they hold; where the tables are in the file.
     let allowed = |lines: u32| 2 * MEMORY + 4 * 2 * MEMORY + lines as usize / 8 * 2 + lines as usize * 2;
-    let mut join = Join::with_keys(limits, Keep::Lines);
+    let mut join = Join::with_keys(limits, Keep::Lines, 1, judge());
     let count = 50_000;
     for n in 0..count {
         join.key(&format!("key-{n}")).unwrap();
@@ -251,7 +279,7 @@ fn memory_is_bounded_whatever_the_size() {
     let answer = "x".repeat(200);
     for n in (0..count).rev() {
         let raw = response(&format!("key-{n}"), &answer, 1);
-        join.line(Source::PRESENT, &raw, &ResultLine::parse(&raw).unwrap()).unwrap();
+        join.line(&raw, &ResultLine::parse(&raw).unwrap()).unwrap();
         assert!(join.held() < allowed(count), "{n}: {} bytes", join.held());
     }
     let joined = join.finish().unwrap();
@@ -286,7 +314,7 @@ fn a_job_of_a_config_map_needs_no_file() {
     let keys: Vec<String> = (0..1000).map(|n| format!("k{n}")).collect();
     let lines: Vec<Sent> = keys
         .iter()
-        .map(|key| Sent { source: Source::PRESENT, raw: response(key, &"x".repeat(900), 1) })
+        .map(|key| Sent { attempt: PRESENT, early: false, raw: response(key, &"x".repeat(900), 1) })
         .collect();
     let joined = joined(Limits::new(scratch), Some(&keys), &lines, Keep::Lines);
     assert!(!joined.is_in_files());
@@ -295,7 +323,7 @@ fn a_job_of_a_config_map_needs_no_file() {
 
 #[test]
 fn a_line_that_is_too_long_is_passed_on_as_it_came_and_never_held() {
-    let mut join = Join::with_keys(limits(1 << 10, 1 << 10, 4), Keep::Lines);
+    let mut join = Join::with_keys(limits(1 << 10, 1 << 10, 4), Keep::Lines, 1, judge());
     join.key("k").unwrap();
     let piece = "y".repeat(64 << 10);
     for n in 0..40 {
@@ -303,7 +331,7 @@ fn a_line_that_is_too_long_is_passed_on_as_it_came_and_never_held() {
         assert!(join.held() < 8 << 10, "{} bytes", join.held());
     }
     let raw = response("k", "a", 2);
-    join.line(Source::PRESENT, &raw, &ResultLine::parse(&raw).unwrap()).unwrap();
+    join.line(&raw, &ResultLine::parse(&raw).unwrap()).unwrap();
     // The file may end in the midst of one.
     join.piece(b"zz", false).unwrap();
     let joined = join.finish().unwrap();
@@ -321,7 +349,8 @@ fn a_line_that_is_too_long_is_passed_on_as_it_came_and_never_held() {
 #[test]
 fn a_full_temporary_directory_is_an_error_and_gives_back_what_was_taken() {
     let scratch = Scratch::new(std::env::temp_dir(), 10_000);
-    let mut join = Join::with_keys(Limits { scratch: scratch.clone(), ..limits(500, 500, 4) }, Keep::Lines);
+    let limits = Limits { scratch: scratch.clone(), ..limits(500, 500, 4) };
+    let mut join = Join::with_keys(limits, Keep::Lines, 1, judge());
     let full = (0..10_000).find_map(|n| join.key(&format!("key-{n}")).err()).unwrap();
     assert_eq!(full.kind(), io::ErrorKind::StorageFull);
     assert!(scratch.used() <= 10_000);
@@ -330,11 +359,16 @@ fn a_full_temporary_directory_is_an_error_and_gives_back_what_was_taken() {
 }
 
 #[test]
-fn the_first_failures_are_named_in_the_order_of_their_arrival() {
+fn the_first_failures_are_named_in_input_order() {
     let keys: Vec<String> = (0..100).map(|n| format!("k{n}")).collect();
-    let lines: Vec<Sent> =
-        (0..100).rev().map(|n| Sent { source: Source::PRESENT, raw: error(&format!("k{n}"), n) }).collect();
-    let joined = joined(limits(500, 500, 4), Some(&keys), &lines, Keep::Counts);
-    let expected: Vec<_> = (80..100).rev().map(|n| (format!("k{n}"), Some(n))).collect();
-    assert_eq!(joined.counts.failed_sample, expected);
+    let lines: Vec<Sent> = (0..100)
+        .rev()
+        .map(|n| Sent { attempt: PRESENT, early: false, raw: error(&format!("k{n}"), n) })
+        .collect();
+    let named = |keys| joined(limits(500, 500, 4), keys, &lines, Keep::Counts).counts.failed_sample;
+    let known: Vec<_> = (0..20).map(|n| (format!("k{n}"), Some(n))).collect();
+    assert_eq!(named(Some(&keys)), known);
+    // The order of arrival, if they are not known.
+    let unknown: Vec<_> = (80..100).rev().map(|n| (format!("k{n}"), Some(n))).collect();
+    assert_eq!(named(None), unknown);
 }
