@@ -206,8 +206,9 @@ pub struct RunArgs {
     #[arg(long, env = "GBO_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
     pub concurrency: u16,
 
-    /// How many inputs of object stores are read or sent at the same time; further ones wait. Each takes about 32 MiB of
-    /// memory, more only for lines that are longer than some megabytes.
+    /// How many inputs of object stores are read or sent at the same time, and results of any size read, joined and
+    /// stored; further ones wait. Each takes about 32 MiB of memory, more only for lines that are longer than some
+    /// megabytes.
     #[arg(long, env = "GBO_TRANSFERS", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub transfers: u16,
 
@@ -231,6 +232,21 @@ pub struct RunArgs {
         value_parser = mapped_directory
     )]
     pub mapped_directories: Vec<(String, PathBuf)>,
+
+    /// The same for directories that jobs of all namespaces may write results to. Default: none.
+    #[arg(
+        long,
+        env = "GBO_MAPPED_OUTPUT_DIRECTORIES",
+        value_name = "NAME=PATH",
+        value_delimiter = ',',
+        value_parser = mapped_directory
+    )]
+    pub mapped_output_directories: Vec<(String, PathBuf)>,
+
+    /// Bytes of results that may lie in the temporary directory (TMPDIR) at the same time, while they are joined with their
+    /// requests. A result file takes as much as its size and about 100 bytes for each request. Default: 16 GiB.
+    #[arg(long, env = "GBO_TEMPORARY_BYTES", default_value_t = 16 << 30)]
+    pub temporary_bytes: u64,
 
     /// How many batches of one API key the operator lets be active at once; further jobs wait, first come first
     /// served. Gemini allows 100 for each project, whoever created them.

@@ -27,6 +27,7 @@ use crate::callback::keyring;
 use crate::clock::Clock;
 use crate::config::{RotateKeysArgs, RunArgs};
 use crate::controller::identity::new_send_id;
+use crate::controller::join::Scratch;
 use crate::controller::metrics::Metrics;
 use crate::controller::policy::{DefaultCredential, Policy};
 use crate::controller::{Timings, ring, run as controller};
@@ -122,6 +123,7 @@ pub async fn start(
             policy(args, &namespace),
             Stores::new(store_settings(args))?,
             args.transfers,
+            Scratch::new(std::env::temp_dir(), args.temporary_bytes),
         ));
         let check = Arc::clone(&ctx);
         ready.push(Box::new(move || check.ready()));
@@ -204,6 +206,7 @@ fn store_settings(args: &RunArgs) -> store::Settings {
         endpoints: args.object_store_endpoints.clone(),
         own_identity: args.own_identity_namespaces(),
         mapped: args.mapped_directories.iter().cloned().collect(),
+        mapped_for_output: args.mapped_output_directories.iter().cloned().collect(),
         timeouts: store::Timeouts::default(),
     }
 }

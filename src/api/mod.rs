@@ -12,12 +12,12 @@ mod status;
 pub use reason::Reason;
 pub use spec::{
     ConfigMapKeyRef, Credentials, DeletionPolicy, GeminiBatchJob, GeminiBatchJobSpec, GeminiFileRef,
-    ImportFrom, Input, InputRequest, LocalRef, ObjectStoreInput, Output, ReadinessPolicy, Retention,
-    SecretKeyRef, SuccessPolicy, SuspendPolicy,
+    ImportFrom, Input, InputRequest, LocalRef, ObjectStoreInput, ObjectStoreOutput, Output, ReadinessPolicy,
+    Retention, SecretKeyRef, SuccessPolicy, SuspendPolicy,
 };
 pub use status::{
     Attempt, Callback, Cancellation, DryRun, GeminiBatchJobStatus, Outcome, OutputStatus, Refusal,
-    RefusedCall, RequestCounts, State, Usage,
+    RefusedCall, RequestCounts, State, StoredObject, StoredOutput, Usage,
 };
 
 /// API group of everything this operator serves.

@@ -97,6 +97,20 @@ const OBJECT_NAME: &str =
          self.output.configMap.name != self.input.configMap.name"
     )
     .message("spec.output.configMap must not be the ConfigMap that spec.input.configMap reads from"),
+    // Results below a prefix would be read as requests by the next attempt.
+    validation = Rule::new(
+        "!has(self.output) || !has(self.output.objectStore) || !has(self.input) || !has(self.input.objectStore) || \
+         (!has(self.input.objectStore.prefix) || \
+         !(self.output.objectStore.uri + '/').startsWith(self.input.objectStore.prefix)) && \
+         (!has(self.input.objectStore.uri) || \
+         !(self.input.objectStore.uri in [self.output.objectStore.uri, \
+         self.output.objectStore.uri + '/manifest.json', self.output.objectStore.uri + 'manifest.json', \
+         self.output.objectStore.uri + '/reservation.json', self.output.objectStore.uri + 'reservation.json']))"
+    )
+    .message(
+        "spec.output.objectStore.uri must be a place where spec.input.objectStore does not read: neither its object, nor \
+         anything below its prefix"
+    ),
     validation = Rule::new("has(self.input) != has(self.importFrom)").message(
         "spec needs exactly one of input (requests to send) and importFrom (a batch that exists at Gemini already)"
     ),
@@ -526,8 +540,13 @@ pub struct GeminiFileRef {
 #[derive(Serialize, Deserialize, KubeSchema, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(
-    validation = Rule::new("has(self.configMap)")
-        .message("spec.output needs a destination: set configMap, or leave spec.output out to keep the results with Gemini")
+    validation = Rule::new("has(self.configMap) != has(self.objectStore)").message(
+        "spec.output needs exactly one of configMap and objectStore; leave spec.output out to keep the results with Gemini"
+    ),
+    validation = Rule::new("!has(self.objectStore) || !has(self.retention) || self.retention == 'Retain'").message(
+        "spec.output.retention Delete is for configMap only: objects outlive their job. Let a lifecycle rule of the bucket \
+         delete them"
+    )
 )]
 pub struct Output {
     /// A ConfigMap in the job's namespace that the operator creates for the results, for jobs whose
@@ -537,10 +556,49 @@ pub struct Output {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config_map: Option<LocalRef>,
 
+    /// A place in an object store, for results of any size. `manifest.json` appears there last, and names the objects
+    /// that hold the results: `results.jsonl` in input order and, if there are such lines, `errors.jsonl`,
+    /// `missing.jsonl` and `unmatched.jsonl`. A place that holds another job's results is never written to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object_store: Option<ObjectStoreOutput>,
+
     /// What becomes of the results when the job is deleted: `Retain` keeps them, `Delete` has Kubernetes delete
-    /// them with the job. May be changed until the results are stored. Default: `Retain`.
+    /// them with the job, for `configMap` only. May be changed until the results are stored. Default: `Retain`.
     #[serde(default, skip_serializing_if = "is_default")]
     pub retention: Retention,
+}
+
+/// A place for results in an object store.
+#[derive(Serialize, Deserialize, KubeSchema, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ObjectStoreOutput {
+    /// Below which everything is written: `s3://BUCKET/PATH`, `gs://BUCKET/PATH`, `az://ACCOUNT/CONTAINER/PATH`, or
+    /// `file://NAME/PATH` in a directory that an administrator mapped to NAME for results. One for each job. A / at
+    /// its end makes no difference. Nothing in it is decoded.
+    #[schemars(length(min = 6, max = 1024))]
+    #[x_kube(
+        validation = Rule::new("self.matches('^(s3|gs|az|file)://[^/]+(/.*)?$')").message(
+            "must be like s3://BUCKET/PATH, gs://BUCKET/PATH, az://ACCOUNT/CONTAINER/PATH or file://NAME/PATH"
+        )
+    )]
+    pub uri: String,
+
+    /// A Secret in the job's namespace with credentials for the store, with the same keys as for
+    /// `spec.input.objectStore.credentialsRef`. They have to be allowed to read and write objects there. Without it the
+    /// operator's own identity is used, in namespaces where an administrator allows that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credentials_ref: Option<LocalRef>,
+
+    /// URL of another store that speaks the same protocol, for example <https://minio.example.com>. An administrator has
+    /// to allow it. Needs `credentialsRef`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 8, max = 512))]
+    pub endpoint: Option<String>,
+
+    /// Region of the bucket, for `s3://`. Default: `us-east-1`, or what the operator's own identity is set up with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub region: Option<String>,
 }
 
 /// What becomes of the results when the job is deleted.

@@ -1,20 +1,14 @@
-//! Joins the lines of a result file with the requests they answer. Pure: no client required.
+//! What a batch left, joined with the requests that were sent. Pure: no client required.
 //!
-//! By key only, never by order: Gemini's lines come in any order, and some do not come. Lines are counted
-//! however many there are; they are kept only while they fit into the place they are for.
+//! Lines are counted however many there are; they are kept only if there is a place for them. How they are joined stands
+//! in [`super::join`].
 
-use std::collections::HashMap;
-use std::fmt::Write as _;
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
 
-use serde_json::json;
-use sha2::{Digest, Sha256};
-
-use super::identity::hex;
+use super::join::{Joined, Tally, What};
 use crate::api::Usage;
-use crate::gemini::results::{Outcome, ResultLine};
-
-/// Failed and missing keys that are remembered by name.
-const SAMPLE: usize = 20;
 
 /// What a result file holds.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -32,6 +26,10 @@ pub struct Collected {
     /// Those of the failed requests that were never answered: their batch ended before it was their turn. They can
     /// be sent again.
     pub unanswered_lines: i64,
+    /// Those that `spec.retryPolicy` sends again, if it allows a further attempt.
+    pub retryable_lines: i64,
+    /// Which attempt the lines of requests came from.
+    pub by_attempt: BTreeMap<i32, Tally>,
     /// What earlier attempts of the job left could not be read: it is not among these.
     pub without_earlier: bool,
     /// Lines whose key had a line before.
@@ -57,6 +55,31 @@ pub struct Collected {
 }
 
 impl Collected {
+    /// What a join found.
+    #[must_use]
+    pub fn of(joined: &Joined) -> Self {
+        let counts = joined.counts.clone();
+        Self {
+            succeeded_lines: counts.succeeded,
+            failed_lines: counts.failed,
+            failed: counts.failed_sample,
+            missing_keys: counts.missing,
+            missing: counts.missing_sample,
+            unanswered_lines: counts.unanswered,
+            retryable_lines: counts.retryable,
+            by_attempt: counts.by_attempt,
+            duplicate_lines: counts.duplicate,
+            foreign_lines: counts.foreign,
+            malformed_lines: counts.malformed,
+            usage: Usage {
+                prompt_tokens: counts.usage.prompt,
+                output_tokens: counts.usage.output,
+                total_tokens: counts.usage.total,
+            },
+            ..Self::default()
+        }
+    }
+
     /// Requests that a further attempt would carry: those without a line, and those that were never answered. `None`
     /// if that can't be told, since the keys are not known and some have a result.
     #[must_use]
@@ -83,232 +106,46 @@ pub enum Lines {
         bytes: i64,
     },
     /// Here they are.
-    Kept(Box<Kept>),
+    Kept(Kept),
 }
 
-/// Lines ready to be stored.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Kept {
-    /// A line for each request with a result, in input order: `key` and `response` or `error`.
-    pub results: String,
-    /// A line for each request without a result: `key`.
-    pub missing: String,
-    /// Lines that repeat a key, have one that was not sent, or can't be read, as they came.
-    pub unmatched: String,
+/// Lines ready to be stored, however many.
+#[derive(Clone, Debug, Default)]
+pub struct Kept(pub Arc<Joined>);
+
+impl PartialEq for Kept {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
 }
 
-/// `google.rpc.Code` of requests that a batch did not come to before it was cancelled, or its time was over.
-const CANCELLED: i32 = 1;
-const DEADLINE_EXCEEDED: i32 = 4;
+/// More lines than anybody would count twice.
+const COUNTED_BYTES: u64 = 64 << 20;
+const CHUNK_BYTES: usize = 64 << 10;
 
-/// Whether the request was never answered because its batch ended first.
-#[must_use]
-pub fn is_unanswered(outcome: &Outcome<'_>) -> bool {
-    matches!(outcome, Outcome::Error { code: Some(CANCELLED | DEADLINE_EXCEEDED), .. })
-}
-
-/// The keys that were sent.
-#[derive(Clone, Debug)]
-pub enum Keys {
-    /// In input order.
-    Known(Vec<String>),
-    /// Never known: somebody else's file.
-    Unknown,
-    /// Known once, but the input was changed.
-    Changed,
-}
-
-/// Takes a result file line by line.
-#[derive(Debug)]
-pub struct Collector {
-    /// Input order; without known keys the order of arrival.
-    keys: Vec<String>,
-    index: HashMap<String, usize>,
-    /// The line for each key, while lines are kept.
-    found: Vec<Option<String>>,
-    /// Whether the key has had a line.
-    seen: Vec<bool>,
-    /// Whether that was one of an earlier attempt.
-    early: Vec<bool>,
-    unmatched: String,
-    /// Bytes kept or counted, and how many may be kept.
-    size: usize,
-    limit: Option<usize>,
-    hash: Sha256,
-    out: Collected,
-}
-
-impl Collector {
-    /// Lines are kept up to `limit` bytes, and not at all without one.
-    #[must_use]
-    pub fn new(keys: Keys, limit: Option<usize>) -> Self {
-        let (keys, joined, input_changed) = match keys {
-            Keys::Known(keys) => (keys, true, false),
-            Keys::Unknown => (Vec::new(), false, false),
-            Keys::Changed => (Vec::new(), false, true),
-        };
-        let index = keys.iter().enumerate().map(|(i, k)| (k.clone(), i)).collect();
-        Self {
-            found: vec![None; keys.len()],
-            seen: vec![false; keys.len()],
-            early: vec![false; keys.len()],
-            index,
-            keys,
-            unmatched: String::new(),
-            size: 0,
-            limit,
-            hash: Sha256::new(),
-            out: Collected { joined, input_changed, ..Collected::default() },
+impl Kept {
+    /// How many bytes the lines of these kinds are; as they came, if they are very many.
+    pub fn bytes(&self, kinds: &[What]) -> io::Result<u64> {
+        let raw = self.0.raw_bytes();
+        if raw > COUNTED_BYTES {
+            return Ok(raw);
         }
+        let mut all = 0;
+        for what in kinds {
+            let mut stream = self.0.stream(*what);
+            while stream.next(CHUNK_BYTES)?.is_some() {}
+            all += stream.streamed().bytes;
+        }
+        Ok(all)
     }
 
-    /// The bytes of the file as they come, for its size and hash.
-    pub fn bytes(&mut self, chunk: &[u8]) {
-        self.out.bytes = self.out.bytes.saturating_add(i64::try_from(chunk.len()).unwrap_or(i64::MAX));
-        self.hash.update(chunk);
-    }
-
-    /// A line that can't be read.
-    pub fn malformed(&mut self, raw: &[u8]) {
-        self.out.malformed_lines += 1;
-        self.unmatched(&String::from_utf8_lossy(raw));
-    }
-
-    /// A line that an earlier attempt left. What was never answered then was sent again.
-    pub fn earlier(&mut self, raw: &str, line: &ResultLine<'_>) {
-        if is_unanswered(&line.outcome) {
-            return;
+    /// The lines of one kind, which have to be few. What is no text is made so.
+    pub fn text(&self, what: What) -> io::Result<String> {
+        let mut stream = self.0.stream(what);
+        let mut all = Vec::new();
+        while let Some(chunk) = stream.next(CHUNK_BYTES)? {
+            all.extend_from_slice(&chunk);
         }
-        self.line(raw, line);
-        if let Some(index) = line.key.as_deref().and_then(|key| self.index.get(key)) {
-            self.early[*index] = true;
-        }
-    }
-
-    /// What earlier attempts left can't be read.
-    pub fn without_earlier(&mut self) {
-        self.out.without_earlier = true;
-    }
-
-    /// A line.
-    pub fn line(&mut self, raw: &str, line: &ResultLine<'_>) {
-        // Only after a crash in between: the results of this attempt are stored already, and were read as earlier ones.
-        let known = line.key.as_deref().and_then(|key| self.index.get(key));
-        if known.is_some_and(|index| self.early[*index]) {
-            return;
-        }
-        self.add_usage(&line.usage);
-        let Some(key) = line.key.as_deref() else {
-            self.out.foreign_lines += 1;
-            return self.unmatched(raw);
-        };
-        let index = match self.index.get(key) {
-            Some(index) => *index,
-            None if self.out.joined => {
-                self.out.foreign_lines += 1;
-                return self.unmatched(raw);
-            }
-            None => {
-                let index = self.keys.len();
-                self.keys.push(key.to_owned());
-                self.index.insert(key.to_owned(), index);
-                self.found.push(None);
-                self.seen.push(false);
-                self.early.push(false);
-                index
-            }
-        };
-        if self.seen[index] {
-            self.out.duplicate_lines += 1;
-            return self.unmatched(raw);
-        }
-        self.seen[index] = true;
-        let text = match &line.outcome {
-            Outcome::Response(response) => {
-                self.out.succeeded_lines += 1;
-                // The response is kept byte by byte: it was paid for.
-                format!("{{\"key\":{},\"response\":{}}}", json!(key), response.get())
-            }
-            Outcome::Error { code, message } => {
-                self.out.failed_lines += 1;
-                self.out.unanswered_lines += i64::from(is_unanswered(&line.outcome));
-                if self.out.failed.len() < SAMPLE {
-                    self.out.failed.push((key.to_owned(), *code));
-                }
-                let mut error = serde_json::Map::new();
-                if let Some(code) = code {
-                    error.insert("code".to_owned(), json!(code));
-                }
-                if let Some(message) = message {
-                    error.insert("message".to_owned(), json!(message));
-                }
-                json!({"key": key, "error": error}).to_string()
-            }
-        };
-        if self.keep(text.len() + 1) {
-            self.found[index] = Some(text);
-        }
-    }
-
-    fn unmatched(&mut self, raw: &str) {
-        if self.keep(raw.len() + 1) {
-            self.unmatched.push_str(raw);
-            self.unmatched.push('\n');
-        }
-    }
-
-    /// Whether so much more may be kept. Once it is too much, all that was kept is given back.
-    fn keep(&mut self, bytes: usize) -> bool {
-        let before = self.size;
-        self.size = self.size.saturating_add(bytes);
-        let Some(limit) = self.limit else { return false };
-        if self.size > limit && before <= limit {
-            self.found = vec![None; self.found.len()];
-            self.unmatched = String::new();
-        }
-        self.size <= limit
-    }
-
-    fn add_usage(&mut self, line: &crate::gemini::results::Usage) {
-        let sum = &mut self.out.usage;
-        sum.prompt_tokens = sum.prompt_tokens.saturating_add(line.prompt);
-        sum.output_tokens = sum.output_tokens.saturating_add(line.output);
-        sum.total_tokens = sum.total_tokens.saturating_add(line.total);
-    }
-
-    /// The whole file was read.
-    #[must_use]
-    pub fn finish(mut self, file: Option<String>) -> Collected {
-        let mut missing = String::new();
-        let unseen: Vec<usize> = (0..self.keys.len()).filter(|i| !self.seen[*i]).collect();
-        for index in unseen {
-            let key = &self.keys[index];
-            self.out.missing_keys += 1;
-            if self.out.missing.len() < SAMPLE {
-                self.out.missing.push(key.clone());
-            }
-            let line = json!({"key": key}).to_string();
-            if self.keep(line.len() + 1) {
-                let _ = writeln!(missing, "{line}"); // writing to a String cannot fail
-            }
-        }
-        self.out.lines = match self.limit {
-            None => Lines::Dropped,
-            Some(limit) if self.size > limit => {
-                Lines::TooLarge { bytes: i64::try_from(self.size).unwrap_or(i64::MAX) }
-            }
-            Some(_) => Lines::Kept(Box::new(Kept {
-                results: self.found.into_iter().flatten().fold(String::new(), |mut all, line| {
-                    all.push_str(&line);
-                    all.push('\n');
-                    all
-                }),
-                missing,
-                unmatched: self.unmatched,
-            })),
-        };
-        self.out.sha256 = hex(&self.hash.finalize());
-        self.out.file = file;
-        self.out
+        Ok(String::from_utf8(all).unwrap_or_else(|e| String::from_utf8_lossy(e.as_bytes()).into_owned()))
     }
 }

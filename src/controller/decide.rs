@@ -14,6 +14,7 @@ mod submission;
 
 use jiff::Timestamp;
 
+use super::destination::Destination;
 use super::ending::End;
 use super::memory::{Memory, Refused, Stage, Trouble, after};
 use super::{InputFacts, Problem, Timings};
@@ -146,13 +147,13 @@ pub enum Wake {
 pub enum Action {
     /// Create the output object, or see that it is ours.
     ReserveOutput {
-        /// Name of the ConfigMap.
-        name: String,
+        /// Where the results shall go.
+        name: Destination,
     },
     /// Delete the reserved output object if it is still empty.
     ReleaseOutput {
-        /// Name of the ConfigMap.
-        name: String,
+        /// Where they were to go.
+        name: Destination,
     },
     /// After a restart: see whether the upload of the input file was completed.
     FindInputFile {
@@ -202,8 +203,8 @@ pub enum Action {
     },
     /// Write the results into the output object.
     StoreResults {
-        /// Name of the ConfigMap.
-        name: String,
+        /// Where they shall go.
+        name: Destination,
     },
     /// Cancel the batch.
     CancelBatch {
@@ -473,12 +474,6 @@ pub fn is_finished(job: &GeminiBatchJob) -> bool {
 #[must_use]
 pub fn has_finalizer(job: &GeminiBatchJob) -> bool {
     job.metadata.finalizers.iter().flatten().any(|f| f == FINALIZER)
-}
-
-/// The ConfigMap that the results shall go to.
-#[must_use]
-pub fn output_name(job: &GeminiBatchJob) -> Option<&str> {
-    job.spec.output.as_ref()?.config_map.as_ref().map(|c| c.name.as_str())
 }
 
 /// A callback that was not acted on yet.

@@ -5,18 +5,21 @@
 //! again.
 
 use std::collections::HashSet;
+use std::io;
 
 use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{Api, ResourceExt as _};
 
-use super::Problem;
 use super::act::may_see;
-use super::collect::is_unanswered;
+use super::destination::Destination;
+use super::gather::ResultFile;
 use super::input::Input;
-use super::output;
+use super::retry::is_unanswered;
 use super::run::Context;
-use crate::api::{Attempt, GeminiBatchJob, Reason};
+use super::stored::Failure;
+use super::{Problem, decide, output, output_store};
+use crate::api::{Attempt, GeminiBatchJob, ObjectStoreOutput, Reason};
 use crate::gemini::results::{self, ResultLine};
 use crate::gemini::{self, ApiKey, BatchName, FileName};
 
@@ -29,28 +32,71 @@ pub enum Error {
     /// Gemini refused or did not answer.
     #[error(transparent)]
     Gemini(#[from] gemini::Error),
+    /// An object store did.
+    #[error("{}", .0.message)]
+    Store(Problem),
+    /// Whoever takes the lines can't.
+    #[error(transparent)]
+    Taken(io::Error),
 }
 
-/// Gives each line of earlier attempts to `take`, in the shape of a result file's lines. None, if there was none.
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Kubernetes(e) => Self::Kubernetes(e),
+            Failure::Problem { problem, .. } | Failure::Passing(problem) => Self::Store(problem),
+            Failure::Changed => Self::Store(Problem::new(
+                Reason::StoreUnavailable,
+                "the results of an earlier attempt were changed while they were read; they are read again",
+            )),
+        }
+    }
+}
+
+/// One line.
+pub enum Line<'a> {
+    /// In the shape of a result file's lines, and the attempt that it came from.
+    Of {
+        /// The attempt.
+        attempt: i32,
+        /// As it came.
+        raw: &'a str,
+        /// What it says.
+        line: &'a ResultLine<'a>,
+    },
+    /// One that belonged to no request.
+    Unmatched(&'a [u8]),
+}
+
+/// Gives each line of earlier attempts to `take`, until that fails. None, if there was none. If the results of the
+/// attempt at hand are stored already, they are among these, and what is known of its result file is returned.
 pub async fn lines(
     ctx: &Context,
     job: &GeminiBatchJob,
     key: &ApiKey,
-    mut take: impl FnMut(&str, &ResultLine<'_>),
-) -> Result<(), Error> {
+    mut take: impl FnMut(Line<'_>) -> io::Result<()>,
+) -> Result<Option<ResultFile>, Error> {
+    let mut stored_up_to = 0;
+    if let Some(Destination::Store(at)) = Destination::of(job) {
+        match published(ctx, job, &at, &mut take).await? {
+            Some((up_to, file)) if up_to >= decide::attempt_at_hand(job) => return Ok(Some(file)),
+            Some((up_to, _)) => stored_up_to = up_to,
+            None => {}
+        }
+    }
     // The keys of somebody else's file are not known: a further attempt carries it whole, and replaces what was.
     if over(job).is_empty() || !job.spec.has_own_input() {
-        return Ok(());
+        return Ok(None);
     }
-    if let Some(stored) = stored(ctx, job).await? {
-        for line in stored.lines() {
-            if let Ok(parsed) = ResultLine::parse(line) {
-                take(line, &parsed);
+    if let Some(stored) = stored(ctx, job).await?.filter(|_| stored_up_to == 0) {
+        for raw in stored.lines() {
+            if let Ok(line) = &ResultLine::parse(raw) {
+                take(Line::Of { attempt: output::attempt_of(raw), raw, line }).map_err(Error::Taken)?;
             }
         }
-        return Ok(());
+        return Ok(None);
     }
-    for attempt in over(job) {
+    for attempt in over(job).into_iter().filter(|a| a.number > stored_up_to) {
         let Some(file) = attempt.outcome.as_ref().and_then(|o| o.output_file.as_ref()) else { continue };
         let Ok(mut file) = FileName::parse(file) else { continue };
         if job.spec.credentials.is_none() {
@@ -65,12 +111,49 @@ pub async fn lines(
         }
         let mut lines = results::Lines::new(ctx.gemini.download(key, &file).await?.stream.boxed());
         while let Some(line) = lines.next().await? {
-            if let Some((text, Ok(parsed))) = line.text().map(|text| (text, ResultLine::parse(text))) {
-                take(text, &parsed);
+            if let Some((raw, Ok(line))) = line.text().map(|text| (text, ResultLine::parse(text))) {
+                take(Line::Of { attempt: attempt.number, raw, line: &line }).map_err(Error::Taken)?;
             }
         }
     }
-    Ok(())
+    Ok(None)
+}
+
+/// What stands in an object store already, and of which attempt it is the last word.
+async fn published(
+    ctx: &Context,
+    job: &GeminiBatchJob,
+    at: &ObjectStoreOutput,
+    take: &mut impl FnMut(Line<'_>) -> io::Result<()>,
+) -> Result<Option<(i32, ResultFile)>, Error> {
+    let Some(there) = output_store::published(ctx, job, at).await? else { return Ok(None) };
+    // What a further attempt with an unknown input left is no part of what this one leaves.
+    if there.attempt < decide::attempt_at_hand(job) && !job.spec.has_own_input() {
+        return Ok(None);
+    }
+    for object in [&there.results, &there.unmatched].into_iter().flatten() {
+        let unmatched = there.unmatched.as_ref() == Some(object);
+        let reading = futures::stream::unfold(Some(there.store.read(object)), async |reader| {
+            let mut reader = reader?;
+            match reader.next().await {
+                Ok(bytes) => bytes.map(|bytes| (Ok(bytes), Some(reader))),
+                Err(e) => Some((Err(Error::from(output_store::failure(&e))), None)),
+            }
+        });
+        let mut lines = results::Lines::new(reading.boxed());
+        while let Some(line) = lines.next().await? {
+            let taken = match line.text() {
+                _ if unmatched => take(Line::Unmatched(line.content())),
+                Some(raw) => match &ResultLine::parse(raw) {
+                    Ok(line) => take(Line::Of { attempt: output::attempt_of(raw), raw, line }),
+                    Err(_) => Ok(()),
+                },
+                None => Ok(()),
+            };
+            taken.map_err(Error::Taken)?;
+        }
+    }
+    Ok(Some((there.attempt, there.file)))
 }
 
 /// Those requests that no earlier attempt has a result for.
@@ -94,13 +177,18 @@ pub async fn answered(
     key: &ApiKey,
     mut take: impl FnMut(&str),
 ) -> Result<Result<(), Problem>, kube::Error> {
-    let read = lines(ctx, job, key, |_, line| {
-        if let Some(key) = line.key.as_deref().filter(|_| !is_unanswered(&line.outcome)) {
+    let read = lines(ctx, job, key, |line| {
+        if let Line::Of { line, .. } = line
+            && let Some(key) = line.key.as_deref().filter(|_| !is_unanswered(&line.outcome))
+        {
             take(key);
         }
+        Ok(())
     });
     match read.await {
-        Ok(()) => Ok(Ok(())),
+        Ok(_) => Ok(Ok(())),
+        Err(Error::Store(problem)) => Ok(Err(problem)),
+        Err(Error::Taken(e)) => Ok(Err(super::gather::no_room(&e))),
         Err(Error::Kubernetes(e)) => Err(e),
         Err(Error::Gemini(e)) if e.is_absent() => Ok(Err(Problem::new(
             Reason::ResultsLost,

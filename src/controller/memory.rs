@@ -10,6 +10,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::collect::Collected;
 use super::decide::Wake;
+use super::destination::{Destination, Placed};
 use super::stored::Stored;
 use super::{Credential, Problem};
 use crate::api::{ObjectStoreInput, Reason, Refusal};
@@ -35,6 +36,8 @@ pub struct Memory {
     pub collected: Option<Collected>,
     /// Since when the result file is awaited, and how often it was asked for.
     pub unreadable: Option<Absent>,
+    /// What earlier attempts left was awaited long enough.
+    pub without_earlier: bool,
     /// When GETs are due and how many are left.
     pub looks: Looks,
     /// Batches of this job that are at Gemini for attempts that it may not know: see [`super::census`].
@@ -166,13 +169,15 @@ pub enum OutputObject {
     Unknown,
     /// There, ours.
     Reserved {
-        /// Its name.
-        name: String,
+        /// Where.
+        name: Destination,
     },
     /// The results are in it.
     Stored {
-        /// Its name.
-        name: String,
+        /// Where they were to go.
+        name: Destination,
+        /// Where exactly they are.
+        placed: Placed,
     },
     /// Not usable.
     Blocked {

@@ -6,7 +6,9 @@
 //! | [`decide`] | no | what to do next: the whole lifecycle |
 //! | [`act`] | yes | takes one step, folds its outcome into [`memory`] |
 //! | [`report`] | yes | writes one change to the job, and its Event |
+//! | [`gather`] | yes | reads what a batch left and joins it with what was sent |
 //! | [`earlier`] | yes | what earlier attempts left |
+//! | [`output`], [`output_store`] | yes | where results go: a `ConfigMap`, an object store |
 //! | [`sweep`] | yes | finds what callbacks did not tell |
 //! | [`census`] | yes | what Gemini has that the cluster may have forgotten |
 //! | [`quota`] | no | who may send next, for each API key |
@@ -24,9 +26,11 @@ pub mod act;
 pub mod census;
 pub mod collect;
 pub mod decide;
+pub mod destination;
 pub mod doorman;
 pub mod earlier;
 pub mod ending;
+pub mod gather;
 pub mod identity;
 pub mod input;
 pub mod join;
@@ -36,6 +40,7 @@ pub mod metrics;
 pub mod namespaces;
 pub mod observe;
 pub mod output;
+pub mod output_store;
 pub mod policy;
 pub mod quota;
 pub mod report;

@@ -13,7 +13,7 @@ use kube::{Api, Client, Resource as _, ResourceExt};
 use serde_json::json;
 
 use super::Problem;
-use super::collect::{Collected, Kept};
+use super::collect::Collected;
 use crate::api::{
     CONTROLLER_MANAGER, GeminiBatchJob, JOB_NAME_ANNOTATION, JOB_UID_ANNOTATION, Reason, RequestCounts,
     Retention,
@@ -57,12 +57,33 @@ pub async fn reserve(client: &Client, job: &GeminiBatchJob, name: &str) -> Resul
     }
 }
 
+/// Lines as they are stored.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Text {
+    /// A line for each request with a result, in input order: `key` and `response` or `error`.
+    pub results: String,
+    /// A line for each request without a result: `key`.
+    pub missing: String,
+    /// Lines that repeat a key, have one that was not sent, or can't be read, as they came.
+    pub unmatched: String,
+}
+
+/// The attempt that a stored line came from. It says so only if there were several.
+#[must_use]
+pub fn attempt_of(line: &str) -> i32 {
+    #[derive(serde::Deserialize)]
+    struct Line {
+        attempt: Option<i32>,
+    }
+    serde_json::from_str::<Line>(line).ok().and_then(|line| line.attempt).unwrap_or(1)
+}
+
 /// Writes the results.
 pub async fn store(
     client: &Client,
     job: &GeminiBatchJob,
     name: &str,
-    kept: &Kept,
+    kept: &Text,
     manifest: &serde_json::Value,
 ) -> Result<Done, kube::Error> {
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());

@@ -15,6 +15,12 @@ pub enum Standing {
     Unanswered,
 }
 
+/// Whether the request was never answered because its batch ended first.
+#[must_use]
+pub fn is_unanswered(outcome: &Outcome<'_>) -> bool {
+    matches!(outcome, Outcome::Error { code: Some(1 | 4), .. })
+}
+
 /// Judges the lines of a job.
 #[derive(Clone, Debug, Default)]
 pub struct Judge {

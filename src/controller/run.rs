@@ -28,6 +28,7 @@ use url::Url;
 use super::census::{self, Census};
 use super::decide::{self, Change, Decision, Gate, Observed, Wake};
 use super::input::Carried;
+use super::join::Scratch;
 use super::memory::{Memory, OutputObject, Remote, Send, Stage, Why, after};
 use super::metrics::{By, ByOutcome, ByReason, Metrics};
 use super::observe;
@@ -94,6 +95,8 @@ pub struct Context {
     pub stores: Arc<Stores>,
     /// What is read from them and written to them, beside the passes.
     pub transfers: Transfers,
+    /// Where results are held that are too large for memory.
+    pub scratch: Scratch,
     /// Whether the installed definition is as new as the operator.
     pub schema: SchemaCheck,
     /// Whether all jobs have been listed in this turn of leadership.
@@ -141,6 +144,7 @@ impl Context {
         policy: Policy,
         stores: Stores,
         transfers: u16,
+        scratch: Scratch,
     ) -> Self {
         Self {
             client,
@@ -158,6 +162,7 @@ impl Context {
             policy,
             stores: Arc::new(stores),
             transfers: Transfers::new(transfers),
+            scratch,
             schema: SchemaCheck::default(),
             listed: AtomicBool::new(false),
             stopping: AtomicBool::new(false),

@@ -15,7 +15,6 @@ use kube::{Api, Client, ResourceExt as _};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
-use super::collect::Keys;
 use super::identity::hex;
 use super::keys::{Hasher, Lines, Sorter};
 use super::memory::{KnownProblem, Memory, after};
@@ -24,7 +23,7 @@ use super::transfers::{Owner, Waited};
 use super::{Credential, InputFacts, Problem, act, decide, earlier, input};
 use crate::api::{GeminiBatchJob, LocalRef, ObjectStoreInput, Reason};
 use crate::gemini::{self, CHUNK_BYTES, FileName, Session, Upload};
-use crate::store::{self, Access, Kind, Location, Object, Reader, Store, Stores};
+use crate::store::{self, Access, Kind, Location, Object, Purpose, Reader, Store, Stores};
 
 /// Where it stands in the job, for messages.
 const FIELD: &str = "spec.input.objectStore";
@@ -32,8 +31,6 @@ const FIELD: &str = "spec.input.objectStore";
 const MAX_OBJECTS: usize = 10_000;
 /// A request with a document in it is large; more than this Gemini does not take.
 const MAX_LINE_BYTES: usize = 32 << 20;
-/// Keys that are held in memory for joining: larger inputs are counted only.
-const MAX_KEYS_BYTES: usize = 16 << 20;
 
 /// A stored input that was checked.
 #[derive(Debug, PartialEq)]
@@ -92,6 +89,7 @@ pub fn problem_of(e: &store::Error) -> Problem {
         Kind::Denied => Reason::StoreAccessDenied,
         Kind::NotFound => Reason::InputNotFound,
         Kind::TooLarge => Reason::InputTooLarge,
+        Kind::Conflict => Reason::OutputConflict,
         Kind::Changed | Kind::Unavailable => Reason::StoreUnavailable,
     };
     Problem::new(reason, e.to_string())
@@ -102,6 +100,8 @@ pub fn problem_of(e: &store::Error) -> Problem {
 pub struct Place<'a> {
     /// Where it stands in the job.
     pub field: &'a str,
+    /// What for.
+    pub purpose: Purpose,
     /// The Secret.
     pub credentials: Option<&'a LocalRef>,
     /// Instead of the cloud's own.
@@ -124,6 +124,7 @@ pub async fn open(
         None => None,
     };
     let access = Access {
+        purpose: place.purpose,
         namespace,
         field,
         endpoint: place.endpoint,
@@ -192,6 +193,7 @@ impl Source {
     async fn open(&self) -> Result<Store, Failure> {
         let place = Place {
             field: FIELD,
+            purpose: Purpose::Read,
             credentials: self.of.credentials_ref.as_ref(),
             endpoint: self.of.endpoint.as_deref(),
             region: self.of.region.as_deref(),
@@ -550,7 +552,7 @@ pub async fn observe(
             None
         }
         Waited::Queued => {
-            memory.transfer = Some(queued(ctx));
+            memory.transfer = Some(queued(ctx, "the input waits"));
             None
         }
     })
@@ -563,18 +565,18 @@ fn changed(of: &ObjectStoreInput) -> Problem {
     )
 }
 
-fn waiting(message: impl Into<String>) -> Problem {
+pub(super) fn waiting(message: impl Into<String>) -> Problem {
     Problem::new(Reason::WaitingForTransfer, message)
 }
 
-fn queued(ctx: &Context) -> Problem {
+pub(super) fn queued(ctx: &Context, what: &str) -> Problem {
     waiting(format!(
-        "the input waits for other jobs' transfers to end, of which {} run at a time (--transfers)",
+        "{what} for other jobs' transfers to end, of which {} run at a time (--transfers)",
         ctx.transfers.size()
     ))
 }
 
-fn owner(job: &GeminiBatchJob) -> Owner {
+pub(super) fn owner(job: &GeminiBatchJob) -> Owner {
     Owner {
         uid: job.uid().unwrap_or_default(),
         namespace: job.namespace().unwrap_or_default(),
@@ -582,7 +584,7 @@ fn owner(job: &GeminiBatchJob) -> Owner {
     }
 }
 
-fn woken(ctx: &Arc<Context>, job: &GeminiBatchJob) -> impl FnOnce() + Send + 'static {
+pub(super) fn woken(ctx: &Arc<Context>, job: &GeminiBatchJob) -> impl FnOnce() + Send + 'static {
     let (ctx, uid) = (Arc::clone(ctx), job.uid().unwrap_or_default());
     move || ctx.unsettle(&uid)
 }
@@ -670,7 +672,7 @@ pub async fn prepare(
         Waited::Running => {
             Err(waiting(format!("the input is on its way from {} to Gemini", shown(&stored.of))))
         }
-        Waited::Queued => Err(queued(ctx)),
+        Waited::Queued => Err(queued(ctx, "the input waits")),
     }
 }
 
@@ -777,55 +779,35 @@ async fn fill(
     Ok(chunk.freeze())
 }
 
-/// The keys of all requests, if they still hash to `sha256` and are not too many to hold in memory.
+/// Gives the keys of all requests to `take`, which says whether to go on. Whether they are what hashed to `sha256`.
 pub async fn keys(
     ctx: &Context,
     job: &GeminiBatchJob,
     of: &ObjectStoreInput,
     sha256: &str,
-) -> Result<Keys, Failure> {
+    mut take: impl FnMut(&str) -> bool,
+) -> Result<bool, Failure> {
     let source = Source::new(ctx, job, of);
     let store = source.open().await?;
     let objects = source.objects(&store).await?;
     let mut tally = Tally::default();
-    let (mut keys, mut bytes) = (Vec::new(), 0);
     let mut lines = LineReader::new(&store, &objects);
-    while lines
-        .step(|line| {
-            tally.add(line.text);
-            if bytes <= MAX_KEYS_BYTES {
-                let key = input::check_line(line.text)?;
-                bytes += key.len() + 24;
-                keys.push(key);
-            }
-            Ok(())
-        })
-        .await?
+    let mut going_on = true;
+    while going_on
+        && lines
+            .step(|line| {
+                tally.add(line.text);
+                going_on = going_on && take(&input::check_line(line.text)?);
+                Ok(())
+            })
+            .await?
     {}
-    Ok(if tally.facts(None).sha256 != sha256 {
-        Keys::Changed
-    } else if bytes > MAX_KEYS_BYTES {
-        Keys::Unknown
-    } else {
-        Keys::Known(keys)
-    })
+    Ok(tally.facts(None).sha256 == sha256)
 }
 
-/// Whether that is worth waiting for when results are to be joined, which expire.
+/// Whether that is worth waiting for when results are to be joined, which expire: what is gone is gone.
 #[must_use]
-pub fn worth_waiting(failure: &Failure, ended: Option<Timestamp>, ctx: &Context) -> bool {
-    let now = ctx.clock.now();
-    match failure {
-        // What is gone is gone, and what was changed is not what was sent.
-        Failure::Changed => false,
-        Failure::Problem { problem, .. }
-            if matches!(problem.reason, Reason::InputNotFound | Reason::InputInvalid) =>
-        {
-            false
-        }
-        Failure::Problem { .. } | Failure::Passing(_) => {
-            ended.is_none_or(|ended| after(ended, ctx.timings.result_patience) > now)
-        }
-        Failure::Kubernetes(_) => true,
-    }
+pub fn worth_waiting(reason: Reason, ended: Option<Timestamp>, ctx: &Context) -> bool {
+    !matches!(reason, Reason::InputNotFound | Reason::InputInvalid)
+        && ended.is_none_or(|ended| after(ended, ctx.timings.result_patience) > ctx.clock.now())
 }

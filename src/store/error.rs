@@ -23,6 +23,8 @@ pub enum Kind {
     TooLarge,
     /// The object is not the one any more that was seen before.
     Changed,
+    /// Something else is in the way, which is not overwritten.
+    Conflict,
     /// Nobody: it is tried again.
     Unavailable,
 }
@@ -63,6 +65,16 @@ const DENIED: [&str; 16] = [
     "AccessDenied",
 ];
 
+/// What was to be done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Purpose {
+    /// An object was to be read.
+    #[default]
+    Read,
+    /// An object was to be written.
+    Write,
+}
+
 const NO_BUCKET: [&str; 4] =
     ["NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist", "bucket does not exist"];
 
@@ -95,8 +107,25 @@ pub(super) fn says_more(error: &object_store::Error) -> bool {
     DENIED.iter().chain(&NO_BUCKET).any(|code| text.contains(code))
 }
 
+/// Whether the object does not exist, though its bucket does.
+pub(super) fn is_absent(error: &object_store::Error) -> bool {
+    if !matches!(error, object_store::Error::NotFound { .. }) {
+        return false;
+    }
+    let text = chain(error);
+    !NO_BUCKET.iter().any(|code| text.contains(code))
+}
+
+/// Whether the store does not know what to write on a condition means.
+pub(super) fn knows_no_conditions(error: &object_store::Error) -> bool {
+    matches!(error, object_store::Error::NotImplemented { .. })
+        || status(&chain(error)) == Some(501)
+        || chain(error).contains("NotImplemented")
+}
+
 /// The answer to a request about `uri`, sent to `host` because of what stands in `field`.
-pub(super) fn of(error: &object_store::Error, host: &str, uri: &str, field: &str) -> Error {
+pub(super) fn of(error: &object_store::Error, host: &str, uri: &str, field: &str, purpose: Purpose) -> Error {
+    let reads = purpose == Purpose::Read;
     if let Some(forbidden) = forbidden(error) {
         return forbidden.explain(field);
     }
@@ -107,14 +136,18 @@ pub(super) fn of(error: &object_store::Error, host: &str, uri: &str, field: &str
             Kind::Denied,
             format!(
                 "{host} refuses access to {uri} ({code}): put valid credentials into the Secret that \
-                 {field}.credentialsRef names, or allow those that are there to read it (and to list the bucket, for a \
-                 prefix)"
+                 {field}.credentialsRef names, or allow those that are there to {}",
+                if reads {
+                    "read it (and to list the bucket, for a prefix)"
+                } else {
+                    "read and write objects below that place"
+                }
             ),
         )
     };
     let no_bucket = NO_BUCKET.iter().any(|code| text.contains(code));
     match error {
-        object_store::Error::NotFound { .. } if no_bucket => Error::new(
+        object_store::Error::NotFound { .. } if no_bucket || !reads => Error::new(
             Kind::NotFound,
             format!("the bucket of {uri} does not exist: create it, or correct {field}"),
         ),
@@ -152,7 +185,8 @@ pub(super) fn of(error: &object_store::Error, host: &str, uri: &str, field: &str
             } else {
                 "; it is tried again".to_owned()
             };
-            Error::new(kind, format!("{host} can't be read ({what}){more}"))
+            let done = if reads { "read" } else { "written to" };
+            Error::new(kind, format!("{host} can't be {done} ({what}){more}"))
         }
     }
 }
@@ -215,7 +249,7 @@ mod tests {
     }
 
     fn told(error: &object_store::Error) -> (Kind, String) {
-        let e = of(error, "the store at http://x", "s3://b/k", "spec.input.objectStore");
+        let e = of(error, "the store at http://x", "s3://b/k", "spec.input.objectStore", Purpose::Read);
         (e.kind, e.to_string())
     }
 

@@ -67,6 +67,13 @@ impl Location {
         Ok(at)
     }
 
+    /// A place for objects: with or without a / at its end. `field` is where the URI stands, for messages.
+    pub fn directory(uri: &str, field: &str) -> Result<Self, Error> {
+        let bare = uri.strip_suffix('/').unwrap_or(uri);
+        // One too many would be dropped without a word.
+        Self::parse(if bare.ends_with('/') { uri } else { bare }, field)
+    }
+
     /// All objects below. `field` is where the URI stands, for messages.
     pub fn prefix(uri: &str, field: &str) -> Result<Self, Error> {
         if !uri.ends_with('/') {
@@ -243,6 +250,18 @@ mod tests {
         assert_eq!(prefix("s3://b/a/b/").unwrap(), "a/b");
         for uri in ["s3://b", "s3://b/a", "s3://b/a//", "s3://b/../"] {
             assert!(prefix(uri).is_err(), "{uri}");
+        }
+    }
+
+    #[test]
+    fn a_directory_may_end_with_a_slash() {
+        let directory = |uri| Location::directory(uri, "f").map(|at| at.to_string());
+        assert_eq!(directory("s3://b/a/b/").unwrap(), "s3://b/a/b");
+        assert_eq!(directory("s3://b/a/b").unwrap(), "s3://b/a/b");
+        assert_eq!(directory("az://acc/box/").unwrap(), "az://acc/box/");
+        assert_eq!(directory("s3://b").unwrap(), "s3://b/");
+        for uri in ["s3://", "s3://b/a//", "s3://b/../", "s3://b/a/.."] {
+            assert!(directory(uri).is_err(), "{uri}");
         }
     }
 

@@ -9,6 +9,7 @@
 //! | `http` | one HTTP client for all stores: timeouts, no redirects, no proxies |
 //! | `mapped` | directories, opened without following links |
 //! | `read` | an object as a stream that goes on where it broke off |
+//! | `write` | objects that are written, on a condition or as a stream |
 //! | `error` | what an answer that is no success means |
 //!
 //! What is said of an error holds no text of a store's answer: it may quote a key.
@@ -20,6 +21,7 @@ mod location;
 mod mapped;
 mod read;
 mod secret;
+mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -34,10 +36,11 @@ use object_store::path::Path;
 use object_store::{BackoffConfig, ObjectStore, ObjectStoreExt as _, RetryConfig};
 
 pub use endpoint::{EndpointError, Endpoints};
-pub use error::{Error, Kind};
+pub use error::{Error, Kind, Purpose};
 pub use location::{Location, Scheme};
 pub use read::{ByteStream, Reader};
 pub use secret::{Credentials, SecretData};
+pub use write::{Expect, Put, Version, Writer};
 
 use endpoint::Trust;
 use http::Connector;
@@ -73,6 +76,8 @@ pub struct Settings {
     pub own_identity: BTreeSet<String>,
     /// Directories by the name that `file://NAME/` has.
     pub mapped: BTreeMap<String, PathBuf>,
+    /// The same for those that may be written to.
+    pub mapped_for_output: BTreeMap<String, PathBuf>,
     /// Patience.
     pub timeouts: Timeouts,
 }
@@ -80,6 +85,8 @@ pub struct Settings {
 /// How a job wants to get at a place.
 #[derive(Clone, Copy, Debug)]
 pub struct Access<'a> {
+    /// What for.
+    pub purpose: Purpose,
     /// The job's namespace.
     pub namespace: &'a str,
     /// The field of the job that all of this stands in, for messages.
@@ -132,6 +139,7 @@ impl Stores {
             timeouts: self.settings.timeouts,
             root: at.root(),
             field: field.to_owned(),
+            purpose: access.purpose,
         })
     }
 
@@ -154,12 +162,18 @@ impl Stores {
                 format!("file:// takes neither {field}.credentialsRef nor {field}.endpoint: leave them out"),
             ));
         }
-        let Some(directory) = self.settings.mapped.get(&at.bucket) else {
+        let (directories, what, flag) = match access.purpose {
+            Purpose::Read => (&self.settings.mapped, "", "--mapped-directories"),
+            Purpose::Write => {
+                (&self.settings.mapped_for_output, " for results", "--mapped-output-directories")
+            }
+        };
+        let Some(directory) = directories.get(&at.bucket) else {
             return Err(Error::new(
                 Kind::NotAllowed,
                 format!(
-                    "{at} names a directory that no administrator mapped: ask for {} among those of \
-                     --mapped-directories, or use s3://, gs:// or az://",
+                    "{at} names a directory that no administrator mapped{what}: ask for {} among those of {flag}, or \
+                     use s3://, gs:// or az://",
                     at.bucket
                 ),
             ));
@@ -303,6 +317,7 @@ pub struct Store {
     /// `s3://BUCKET/` and so on, before a name to make a URI.
     root: String,
     field: String,
+    purpose: Purpose,
 }
 
 #[derive(Debug)]
@@ -319,7 +334,7 @@ impl Store {
     }
 
     fn error(&self, e: &object_store::Error, path: &Path) -> Error {
-        error::of(e, &self.host, &self.uri(path), &self.field)
+        error::of(e, &self.host, &self.uri(path), &self.field, self.purpose)
     }
 
     /// One object as it is now.
@@ -391,7 +406,8 @@ impl Store {
                     return Err(self.changed(&object.path));
                 }
                 let (host, uri, field) = (self.host.clone(), self.uri(&object.path), self.field.clone());
-                let stream = got.into_stream().map_err(move |e| error::of(&e, &host, &uri, &field));
+                let purpose = self.purpose;
+                let stream = got.into_stream().map_err(move |e| error::of(&e, &host, &uri, &field, purpose));
                 Ok(Box::pin(stream))
             }
             Backend::Mapped(directory) => {
@@ -403,7 +419,8 @@ impl Store {
                     return Err(self.changed(&object.path));
                 }
                 let uri = self.uri(&object.path);
-                Ok(Box::pin(stream.map_err(move |e| mapped::error(&e, &uri))))
+                let purpose = self.purpose;
+                Ok(Box::pin(stream.map_err(move |e| mapped::error(&e, &uri, purpose))))
             }
         }
     }
@@ -413,7 +430,7 @@ impl Store {
     }
 
     fn mapped_error(&self, e: &std::io::Error, path: &Path) -> Error {
-        mapped::error(e, &self.uri(path))
+        mapped::error(e, &self.uri(path), self.purpose)
     }
 
     /// Nothing waits for ever, whatever a store or its client does.

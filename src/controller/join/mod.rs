@@ -240,6 +240,11 @@ impl Join {
         self.arrived.push(part_of(&hash, self.limits.parts), &record.to_bytes())
     }
 
+    /// A line that belonged to no request of an earlier attempt, and was counted then.
+    pub fn carried(&mut self, raw: &[u8]) -> io::Result<()> {
+        self.unmatched(raw)
+    }
+
     /// A line that can't be read.
     pub fn malformed(&mut self, raw: &[u8]) -> io::Result<()> {
         self.out.malformed += 1;
@@ -499,6 +504,25 @@ impl Joined {
     #[must_use]
     pub fn stream(&self, what: What) -> Stream<'_> {
         Stream::new(self, what)
+    }
+}
+
+impl Default for Joined {
+    fn default() -> Self {
+        let scratch = Scratch::new(std::env::temp_dir(), 0);
+        Self {
+            counts: Counts::default(),
+            joined: false,
+            names_attempts: false,
+            positions: 0,
+            parts: 1,
+            names: Spool::new(&scratch, 0),
+            lines: Spool::new(&scratch, 0),
+            slots: Table::new(&scratch, 1, 0),
+            places: Table::new(&scratch, 1, 0),
+            loose: Bits::default(),
+            largest: 0,
+        }
     }
 }
 
