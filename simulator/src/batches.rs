@@ -545,12 +545,17 @@ impl Shared {
         let now = self.now();
         let mut inner = self.lock();
         let lag = inner.switches.output_lag_seconds;
-        let Some(batch) = inner.unfinished(name) else { return false };
+        let mut tries = std::mem::take(&mut inner.tries);
+        let Some(batch) = inner.unfinished(name) else {
+            inner.tries = tries;
+            return false;
+        };
         let plan = Plan::of(&batch.requests);
         let with_output = outcome == Outcome::Succeeded || plan.partial;
         if with_output {
             let unfinished = batch.cancelled;
-            let done = work::results(&batch.requests, batch.embed, self.config.fail_rate, unfinished);
+            let (fail_rate, tries) = (self.config.fail_rate, &mut tries);
+            let done = work::results(&batch.requests, batch.embed, fail_rate, unfinished, tries);
             batch.output = Some(done.content);
             (batch.succeeded, batch.failed) = (done.succeeded, done.failed);
         }
@@ -558,6 +563,7 @@ impl Shared {
         batch.updated = now;
         batch.ended = Some(now);
         batch.readable_from = Some(self.in_seconds(plan.output_lag_seconds.unwrap_or(lag)));
+        inner.tries = tries;
         drop(inner);
         webhooks::announce(self, name, outcome, &plan);
         true

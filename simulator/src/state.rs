@@ -393,6 +393,7 @@ pub(crate) struct Inner {
     pub(crate) webhooks: Vec<WebhookRec>,
     /// A delivery that waits for another one to overtake it.
     pub(crate) held: Option<Held>,
+    pub(crate) tries: crate::work::Tries,
 }
 
 /// What all tasks share.
@@ -430,6 +431,7 @@ impl Shared {
             signing: Signing::new(),
             webhooks: Vec::new(),
             held: None,
+            tries: HashMap::new(),
         };
         Self { config, base_url, http, stop, inner: Mutex::new(inner) }
     }

@@ -1,7 +1,10 @@
 //! Deterministic answers that depend on the request, and what directives in prompts make of them.
 //!
 //! A directive stands in a prompt as `[[sim:NAME]]` or `[[sim:NAME=VALUE]]`, so that tests which share a
-//! simulator stay independent.
+//! simulator stay independent. `[[sim:error=14]]` fails a request with that code whenever it is asked,
+//! `[[sim:error=14x2]]` the first two times that a batch carries it.
+
+use std::collections::HashMap;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -100,8 +103,17 @@ pub(crate) struct Results {
     pub(crate) failed: usize,
 }
 
+/// How often each request was worked on that fails a number of times only.
+pub(crate) type Tries = HashMap<String, u32>;
+
 /// Works on all requests. `unfinished` ones get the error of a cancelled batch.
-pub(crate) fn results(requests: &[Request], embed: bool, fail_rate: f64, unfinished: bool) -> Results {
+pub(crate) fn results(
+    requests: &[Request],
+    embed: bool,
+    fail_rate: f64,
+    unfinished: bool,
+    tries: &mut Tries,
+) -> Results {
     let plan = Plan::of(requests);
     let mut lines: Vec<Value> = Vec::new();
     let (mut succeeded, mut failed) = (0, 0);
@@ -110,7 +122,8 @@ pub(crate) fn results(requests: &[Request], embed: bool, fail_rate: f64, unfinis
         let mut line = if unfinished && index % 2 == 1 {
             json!({"error": {"code": 1, "message": "The operation was cancelled."}})
         } else {
-            answer(&request.request, &text, embed, fail_rate)
+            fails_for_now(request, &text, tries)
+                .unwrap_or_else(|| answer(&request.request, &text, embed, fail_rate))
         };
         if let (Some((field, label)), Some(fields)) = (&request.label, line.as_object_mut()) {
             fields.insert((*field).to_owned(), label.clone());
@@ -150,10 +163,22 @@ pub(crate) fn results(requests: &[Request], embed: bool, fail_rate: f64, unfinis
     Results { content: content.into(), succeeded, failed }
 }
 
+/// The error of a request that fails so many times, and not for ever.
+fn fails_for_now(request: &Request, text: &str, tries: &mut Tries) -> Option<Value> {
+    let value = directive(text, "error")?;
+    let (code, times) = value.split_once('x')?;
+    let (code, times): (i32, u32) = (code.parse().ok()?, times.parse().ok()?);
+    let label = request.label.as_ref().map_or(Value::Null, |(_, label)| label.clone());
+    let tried = tries.entry(hash(format!("{label} {}", request.request).as_bytes())).or_default();
+    *tried += 1;
+    (*tried <= times)
+        .then(|| json!({"error": {"code": code, "message": "The request could not be answered."}}))
+}
+
 fn answer(request: &Value, text: &str, embed: bool, fail_rate: f64) -> Value {
     let digest = hash(request.to_string().as_bytes());
     let prompt_tokens = tokens_of(text);
-    if let Some(code) = directive(text, "error") {
+    if let Some(code) = directive(text, "error").filter(|value| !value.contains('x')) {
         let code: i32 = code.parse().unwrap_or(13);
         return json!({"error": {"code": code, "message": "The request could not be answered."}});
     }

@@ -292,6 +292,22 @@ async fn a_file_job_derives_the_name_of_its_output() {
 }
 
 #[tokio::test]
+async fn a_request_can_fail_a_number_of_times() {
+    let env = Env::new().await;
+    for expected in [Some(14), Some(14), None, None] {
+        let file = env.upload(&(line("a", "[[sim:error=14x2]]") + &line("b", "one"))).await;
+        let name =
+            env.create(json!({"displayName": "x", "inputConfig": {"fileName": file}})).await["name"].clone();
+        let operation = env.ended(name.as_str().unwrap()).await;
+        let output = operation["metadata"]["output"]["responsesFile"].as_str().unwrap().to_owned();
+        let lines = env.get(&format!("v1beta/{output}:download")).await.text;
+        let lines: Vec<Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert_eq!((lines[0]["error"]["code"].as_i64(), lines[0]["key"].as_str()), (expected, Some("a")));
+        assert!(lines[1]["response"].is_object());
+    }
+}
+
+#[tokio::test]
 async fn lines_of_an_output_can_be_what_users_reported() {
     let env = Env::new().await;
     let texts = [

@@ -11,9 +11,9 @@ mod status;
 
 pub use reason::Reason;
 pub use spec::{
-    ConfigMapKeyRef, Credentials, DeletionPolicy, GeminiBatchJob, GeminiBatchJobSpec, GeminiFileRef,
-    ImportFrom, Input, InputRequest, LocalRef, ObjectStoreInput, ObjectStoreOutput, Output, ReadinessPolicy,
-    Retention, SecretKeyRef, SuccessPolicy, SuspendPolicy,
+    ConfigMapKeyRef, Credentials, DeletionPolicy, ErrorCode, GeminiBatchJob, GeminiBatchJobSpec,
+    GeminiFileRef, ImportFrom, Input, InputRequest, LocalRef, ObjectStoreInput, ObjectStoreOutput, Output,
+    ReadinessPolicy, Retention, RetryPolicy, SecretKeyRef, SuccessPolicy, SuspendPolicy,
 };
 pub use status::{
     Attempt, Callback, Cancellation, DryRun, GeminiBatchJobStatus, Outcome, OutputStatus, Refusal,

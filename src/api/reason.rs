@@ -22,8 +22,10 @@ pub enum Reason {
     Suspended,
     /// The batch is being cancelled.
     Cancelling,
-    /// The last batch did not finish; a further one carries what is missing.
+    /// The last batch did not finish, or requests in it failed; a further one carries them.
     Retrying,
+    /// Some requests failed with codes that `spec.retryPolicy` sends again; a further batch carries them.
+    RequestsFailed,
     /// Gemini does not answer, or answers with errors that pass.
     GeminiUnavailable,
     /// It is not known whether Gemini created the batch; it is being looked for.
@@ -117,7 +119,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, for documentation and for tests that none is forgotten.
-    pub const ALL: [Self; 51] = [
+    pub const ALL: [Self; 52] = [
         Self::Submitting,
         Self::Submitted,
         Self::WaitingForQuota,
@@ -128,6 +130,7 @@ impl Reason {
         Self::Suspended,
         Self::Cancelling,
         Self::Retrying,
+        Self::RequestsFailed,
         Self::GeminiUnavailable,
         Self::SubmissionUnconfirmed,
         Self::ResultsNotReadable,
@@ -191,6 +194,7 @@ impl Reason {
             Self::Suspended => "Suspended",
             Self::Cancelling => "Cancelling",
             Self::Retrying => "Retrying",
+            Self::RequestsFailed => "RequestsFailed",
             Self::GeminiUnavailable => "GeminiUnavailable",
             Self::SubmissionUnconfirmed => "SubmissionUnconfirmed",
             Self::ResultsNotReadable => "ResultsNotReadable",

@@ -17,7 +17,8 @@ const OBJECT_NAME: &str =
 /// - `credentials`: the Secret with the API key that pays
 /// - `input`: the requests, here, in a ConfigMap, in an object store or in a file at Gemini
 /// - `output`: where the results go; without it they stay with Gemini
-/// - `suspend`, `activeDeadlineSeconds`, `backoffLimit`: when to hold it, how long it may take, whether to try again
+/// - `suspend`, `activeDeadlineSeconds`: when to hold it, how long it may take
+/// - `backoffLimit`, `retryPolicy`: whether to try again a batch that failed, or requests that did
 /// - `deletionPolicy`, `ttlSecondsAfterFinished`: what becomes of it afterwards
 ///
 /// `model`, `credentials`, `input` and `importFrom` can't be changed once the submission has begun, `output` once
@@ -130,6 +131,13 @@ const OBJECT_NAME: &str =
     ),
     validation = Rule::new("!has(self.importFrom) || !has(self.backoffLimit) || self.backoffLimit == 0").message(
         "spec.backoffLimit can't be used with importFrom: the operator does not have the requests to send them again"
+    ),
+    validation = Rule::new(
+        "!has(self.retryPolicy) || !(has(self.importFrom) || has(self.input) && has(self.input.geminiFile))"
+    )
+    .message(
+        "spec.retryPolicy can't be used with importFrom and input.geminiFile: the operator does not have the requests to \
+         send the failed ones again; put them into input.requests or input.configMap"
     )
 )]
 pub struct GeminiBatchJobSpec {
@@ -193,10 +201,17 @@ pub struct GeminiBatchJobSpec {
     pub active_deadline_seconds: Option<i64>,
 
     /// How many further batches may be paid for if Gemini fails a batch or lets it expire. Each carries only the
-    /// requests without a result. Default: 0, money is not spent twice unasked.
+    /// requests without a result. Default: 0, money is not spent twice unasked. Requests that fail inside a batch that
+    /// Gemini finished are the matter of `retryPolicy`.
     #[serde(default, skip_serializing_if = "is_default")]
     #[schemars(range(min = 0, max = 9))]
     pub backoff_limit: i32,
+
+    /// Whether requests that failed inside a batch are sent again, in a further batch that holds only them. What that
+    /// yields takes the place of their errors; nothing that succeeded is sent again. Not set by default: money is not
+    /// spent twice unasked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_policy: Option<RetryPolicy>,
 
     /// Seconds after which a finished job deletes itself; its results stay, unless `output.retention` is `Delete`.
     /// Not set by default, and not for jobs that are kept in Git: it would create the job again, and the batch
@@ -333,6 +348,105 @@ impl SuccessPolicy {
         match &self.max_failed_requests {
             IntOrString::Int(n) => n.to_string(),
             IntOrString::String(text) => text.clone(),
+        }
+    }
+}
+
+/// Which failed requests are sent again, and how often.
+#[derive(Serialize, Deserialize, KubeSchema, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RetryPolicy {
+    /// How many batches the job may have, the first one included: with 3, a request that fails is sent at most twice
+    /// more. All batches count, also those after which `backoffLimit` allowed another one, but not those that `suspend`
+    /// cancelled. 1: nothing is sent again. May be changed until the job has finished.
+    #[schemars(range(min = 1, max = 10))]
+    pub max_attempts: i32,
+
+    /// The errors that are worth it, by the names of `google.rpc.Code`. `UNKNOWN` is also an error without a code.
+    /// Default: `DEADLINE_EXCEEDED`, `RESOURCE_EXHAUSTED`, `INTERNAL` and `UNAVAILABLE`, which may pass; others, like
+    /// `INVALID_ARGUMENT`, are likely to come again and cost again. Requests without any result are sent again in any case.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 16), extend("x-kubernetes-list-type" = "set"))]
+    pub codes: Option<Vec<ErrorCode>>,
+}
+
+impl RetryPolicy {
+    /// What Google's own client repeats, as far as it has to do with one request.
+    const DEFAULT: [ErrorCode; 4] = [
+        ErrorCode::DeadlineExceeded,
+        ErrorCode::ResourceExhausted,
+        ErrorCode::Internal,
+        ErrorCode::Unavailable,
+    ];
+
+    /// Whether an error with this number, or without one, is worth another try.
+    #[must_use]
+    pub fn is_worth_it(&self, code: Option<i32>) -> bool {
+        let codes = self.codes.as_deref().unwrap_or(&Self::DEFAULT);
+        let code = code.unwrap_or(ErrorCode::Unknown.number());
+        codes.iter().any(|c| c.number() == code)
+    }
+}
+
+/// Why a request failed: the errors of `google.rpc.Code`. Names, since a number that is mistyped is another error.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, PartialEq, Eq)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum ErrorCode {
+    /// 1
+    Cancelled,
+    /// 2
+    Unknown,
+    /// 3
+    InvalidArgument,
+    /// 4
+    DeadlineExceeded,
+    /// 5
+    NotFound,
+    /// 6
+    AlreadyExists,
+    /// 7
+    PermissionDenied,
+    /// 8
+    ResourceExhausted,
+    /// 9
+    FailedPrecondition,
+    /// 10
+    Aborted,
+    /// 11
+    OutOfRange,
+    /// 12
+    Unimplemented,
+    /// 13
+    Internal,
+    /// 14
+    Unavailable,
+    /// 15
+    DataLoss,
+    /// 16
+    Unauthenticated,
+}
+
+impl ErrorCode {
+    /// As it stands in results.
+    #[must_use]
+    pub fn number(self) -> i32 {
+        match self {
+            Self::Cancelled => 1,
+            Self::Unknown => 2,
+            Self::InvalidArgument => 3,
+            Self::DeadlineExceeded => 4,
+            Self::NotFound => 5,
+            Self::AlreadyExists => 6,
+            Self::PermissionDenied => 7,
+            Self::ResourceExhausted => 8,
+            Self::FailedPrecondition => 9,
+            Self::Aborted => 10,
+            Self::OutOfRange => 11,
+            Self::Unimplemented => 12,
+            Self::Internal => 13,
+            Self::Unavailable => 14,
+            Self::DataLoss => 15,
+            Self::Unauthenticated => 16,
         }
     }
 }

@@ -145,7 +145,7 @@ pub struct Attempt {
     #[schemars(length(max = 128))]
     pub input_file: String,
     /// SHA-256 of the input as uploaded, in hexadecimal. Absent for a `geminiFile`. The first attempt carries all
-    /// requests, further ones only those without a result.
+    /// requests, further ones only those without a result and those that `spec.retryPolicy` sends again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 64))]
     pub input_sha256: Option<String>,
@@ -220,7 +220,7 @@ pub struct Outcome {
     pub reason: String,
     /// Requests that have a response by now, those of earlier attempts included.
     pub succeeded: i64,
-    /// Requests that have an error by now, those of earlier attempts included.
+    /// Requests that have an error by now, those of earlier attempts included, and those not that are sent again.
     pub failed: i64,
     /// The result file at Gemini, if the batch left one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -264,10 +264,10 @@ pub struct RequestCounts {
     /// Those with a response.
     #[serde(default)]
     pub succeeded: i64,
-    /// Those with an error, and when the job has finished also those without any result.
+    /// Those with an error that are not sent again, and when the job has finished also those without any result.
     #[serde(default)]
     pub failed: i64,
-    /// Those without a result yet.
+    /// Those without a result yet, and those whose error a further attempt may replace.
     #[serde(default)]
     pub pending: i64,
 }

@@ -589,6 +589,8 @@ impl Step<'_> {
         memory: &mut Memory,
     ) -> Result<(), kube::Error> {
         let Some(key) = self.credential else { return Ok(()) };
+        let Some(attempt) = decide::current_attempt(self.job) else { return Ok(()) };
+        let judge = Judge::of(self.job).and(attempt.number, ending::cut_short(attempt, batch));
         loop {
             let order = Order {
                 ctx: Arc::clone(self.ctx),
@@ -596,7 +598,7 @@ impl Step<'_> {
                 key: Arc::clone(key),
                 name: name.clone(),
                 batch: batch.cloned(),
-                judge: Judge::default(),
+                judge: judge.clone(),
                 without_earlier: memory.without_earlier,
             };
             let Some(gathered) = self.gather(order, memory).await else { return Ok(()) };

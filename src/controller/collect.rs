@@ -1,13 +1,14 @@
 //! What a batch left, joined with the requests that were sent. Pure: no client required.
 //!
 //! Lines are counted however many there are; they are kept only if there is a place for them. How they are joined stands
-//! in [`super::join`].
+//! in [`super::join`], and which of several lines for one request counts in [`super::retry`].
 
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use super::join::{Joined, Tally, What};
+pub use super::join::Tally;
+use super::join::{Joined, What};
 use crate::api::Usage;
 
 /// What a result file holds.
@@ -80,11 +81,19 @@ impl Collected {
         }
     }
 
-    /// Requests that a further attempt would carry: those without a line, and those that were never answered. `None`
-    /// if that can't be told, since the keys are not known and some have a result.
+    /// Requests that were not answered: those without a line, and those that were never worked on. `None` if that
+    /// can't be told, since the keys are not known and some have a result.
     #[must_use]
     pub fn open(&self) -> Option<i64> {
-        self.joined.then_some(self.missing_keys + self.unanswered_lines)
+        self.to_send(false)
+    }
+
+    /// Requests that a further attempt would carry: those that were not answered and, with `retry`, those whose error is
+    /// worth another try. `None` as above.
+    #[must_use]
+    pub fn to_send(&self, retry: bool) -> Option<i64> {
+        let failed = if retry { self.retryable_lines } else { 0 };
+        self.joined.then_some(self.missing_keys + self.unanswered_lines + failed)
     }
 
     /// Whether there is anything to store.

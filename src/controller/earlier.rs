@@ -15,7 +15,8 @@ use super::act::may_see;
 use super::destination::Destination;
 use super::gather::ResultFile;
 use super::input::Input;
-use super::retry::is_unanswered;
+use super::join::{Join, Keep, Limits};
+use super::retry::{self, Judge};
 use super::run::Context;
 use super::stored::Failure;
 use super::{Problem, decide, output, output_store};
@@ -88,13 +89,15 @@ pub async fn lines(
     if over(job).is_empty() || !job.spec.has_own_input() {
         return Ok(None);
     }
-    if let Some(stored) = stored(ctx, job).await?.filter(|_| stored_up_to == 0) {
-        for raw in stored.lines() {
+    if stored_up_to == 0
+        && let Some(stored) = stored(ctx, job).await?
+    {
+        for raw in stored.lines.lines() {
             if let Ok(line) = &ResultLine::parse(raw) {
                 take(Line::Of { attempt: output::attempt_of(raw), raw, line }).map_err(Error::Taken)?;
             }
         }
-        return Ok(None);
+        stored_up_to = stored.up_to;
     }
     for attempt in over(job).into_iter().filter(|a| a.number > stored_up_to) {
         let Some(file) = attempt.outcome.as_ref().and_then(|o| o.output_file.as_ref()) else { continue };
@@ -156,7 +159,7 @@ async fn published(
     Ok(Some((there.attempt, there.file)))
 }
 
-/// Those requests that no earlier attempt has a result for.
+/// Those requests that no earlier attempt has a result for, and those whose error is worth another try.
 pub async fn without_answered(
     ctx: &Context,
     job: &GeminiBatchJob,
@@ -166,27 +169,39 @@ pub async fn without_answered(
     let mut keys = HashSet::new();
     let read = answered(ctx, job, key, |key| {
         keys.insert(key.to_owned());
+        Ok(())
     });
     Ok(read.await?.map(|()| input.without(&keys)))
 }
 
-/// Gives each key that an earlier attempt has a result for to `take`, some of them more than once.
+/// Gives the key of each request that no further attempt carries to `take`, until that fails. Writes to the temporary
+/// directory if there are many.
 pub async fn answered(
     ctx: &Context,
     job: &GeminiBatchJob,
     key: &ApiKey,
-    mut take: impl FnMut(&str),
+    mut take: impl FnMut(&str) -> io::Result<()>,
 ) -> Result<Result<(), Problem>, kube::Error> {
-    let read = lines(ctx, job, key, |line| {
-        if let Line::Of { line, .. } = line
-            && let Some(key) = line.key.as_deref().filter(|_| !is_unanswered(&line.outcome))
-        {
-            take(key);
-        }
-        Ok(())
+    // A request may have several lines, of which the last word counts.
+    let limits = Limits::new(ctx.scratch.clone());
+    let attempt = decide::attempt_at_hand(job);
+    let mut join = Join::without_keys(limits, Keep::Keys, attempt, Judge::of(job));
+    let read = lines(ctx, job, key, |line| match line {
+        Line::Of { attempt, raw, line } => join.earlier(raw, line, attempt),
+        Line::Unmatched(_) => Ok(()),
     });
-    match read.await {
-        Ok(_) => Ok(Ok(())),
+    let read = match read.await {
+        Ok(_) => {
+            let retry = retry::allowed_after(job, retry::tries(job));
+            let mut settled = |join: Join| {
+                join.finish()?.each(|key, standing| if standing.is_open(retry) { Ok(()) } else { take(key) })
+            };
+            settled(join).map_err(Error::Taken)
+        }
+        Err(e) => Err(e),
+    };
+    match read {
+        Ok(()) => Ok(Ok(())),
         Err(Error::Store(problem)) => Ok(Err(problem)),
         Err(Error::Taken(e)) => Ok(Err(super::gather::no_room(&e))),
         Err(Error::Kubernetes(e)) => Err(e),
@@ -211,12 +226,25 @@ fn over(job: &GeminiBatchJob) -> Vec<&Attempt> {
     over
 }
 
+/// What is in the output object.
+struct Stored {
+    lines: String,
+    /// The last attempt whose lines are among them: later ones were to go nowhere, and are with Gemini.
+    up_to: i32,
+}
+
 /// The results that are in the output object, if it is there and holds any.
-async fn stored(ctx: &Context, job: &GeminiBatchJob) -> Result<Option<String>, kube::Error> {
+async fn stored(ctx: &Context, job: &GeminiBatchJob) -> Result<Option<Stored>, kube::Error> {
     let Some(name) = job.status.as_ref().and_then(|s| s.output.as_ref()?.config_map.as_ref()) else {
         return Ok(None);
     };
     let maps: Api<ConfigMap> = Api::namespaced(ctx.client.clone(), &job.namespace().unwrap_or_default());
     let there = maps.get_opt(name).await?.filter(|there| output::is_ours(job, there));
-    Ok(there.and_then(|there| there.data?.remove(output::RESULTS_KEY)))
+    Ok(there.and_then(|there| {
+        let mut data = there.data?;
+        let lines = data.remove(output::RESULTS_KEY)?;
+        // Without its manifest it is taken for all that there is.
+        let up_to = data.get(output::MANIFEST_KEY).and_then(|manifest| output::stored_up_to(manifest));
+        Some(Stored { lines, up_to: up_to.unwrap_or(i32::MAX) })
+    }))
 }

@@ -13,6 +13,7 @@ use super::collect::Collected;
 use super::decide::Results;
 use super::destination::{Destination, Placed};
 use super::memory::{Refused, after};
+use super::retry;
 use crate::api::conditions::cut;
 use crate::api::{
     Attempt, GeminiBatchJob, Outcome, OutputStatus, RESEND_ANNOTATION, Reason, Refusal, RefusedCall,
@@ -61,7 +62,14 @@ pub fn ended(
 ) -> End {
     let results = results(job, a, batch, collected, stored);
     let counts = results.requests.unwrap_or_default();
-    let verdict = verdict(a, batch, collected, counts);
+    // Every request had its turn before: whatever became of the batch that sent failed ones again, it takes nothing away.
+    let finished = batch.is_some_and(|b| b.state == BatchState::Succeeded)
+        && collected.is_some_and(|c| c.unanswered_lines == 0);
+    let verdict = if retry::was_whole(job) && !finished {
+        bettered_in_vain(a, batch, collected, counts)
+    } else {
+        verdict(a, batch, collected, counts)
+    };
     let (state, reason, message) = by_success_policy(job, counts, verdict);
     End {
         state,
@@ -87,28 +95,54 @@ pub fn goes_on(
     collected: Option<&Collected>,
 ) -> Option<Reason> {
     let state = batch?.state;
-    let nothing_open = collected.is_some_and(|c| c.open() == Some(0));
     // Without what earlier attempts left it can't be told what is missing.
     let blind = collected.is_some_and(|c| c.without_earlier);
-    if nothing_open || blind || job.spec.import_from.is_some() {
+    if blind || job.spec.import_from.is_some() {
         return None;
     }
     let reason = match (cancelled_for(a), state) {
-        (None, BatchState::Succeeded | BatchState::Cancelled) | (Some(Reason::DeadlineExceeded), _) => {
-            return None;
+        (None, BatchState::Cancelled) | (Some(Reason::DeadlineExceeded), _) => return None,
+        (None, BatchState::Succeeded) => Reason::RequestsFailed,
+        (Some(_), BatchState::Succeeded) if collected.is_none_or(|c| c.unanswered_lines == 0) => {
+            Reason::RequestsFailed
         }
-        (Some(_), BatchState::Succeeded) if collected.is_none_or(|c| c.unanswered_lines == 0) => return None,
         (Some(_), _) => Reason::Suspended,
         (None, BatchState::Expired) => Reason::BatchExpired,
         (None, _) => Reason::BatchFailed,
     };
-    (reason == Reason::Suspended || failures(job) < job.spec.backoff_limit).then_some(reason)
+    let retry = retried_after(job, reason);
+    let to_send = collected.and_then(|c| c.to_send(retry));
+    let allowed = match reason {
+        Reason::Suspended => true,
+        Reason::RequestsFailed => retry && to_send.is_some(),
+        _ => failures(job) < job.spec.backoff_limit,
+    };
+    (allowed && to_send != Some(0)).then_some(reason)
+}
+
+/// Whether the batch of the attempt was not worked on to its end: then some errors only say that.
+#[must_use]
+pub fn cut_short(a: &Attempt, batch: Option<&Batch>) -> bool {
+    a.cancellation.is_some() || batch.is_none_or(|b| b.state != BatchState::Succeeded)
+}
+
+/// Whether the attempt after one that ends so carries failed requests as well.
+fn retried_after(job: &GeminiBatchJob, reason: Reason) -> bool {
+    let counts = i32::from(reason != Reason::Suspended);
+    retry::allowed_after(job, retry::tries(job).saturating_add(counts))
 }
 
 /// The end of a job between two attempts of which the next one is not allowed any more.
 #[must_use]
 pub fn limit_reached(job: &GeminiBatchJob, a: &Attempt) -> Option<End> {
     let ended = &a.outcome.as_ref()?.reason;
+    if ended == Reason::RequestsFailed.as_str() && !retry::allowed_after(job, retry::tries(job)) {
+        let message = format!(
+            "the requests that failed in attempt {} are not sent again, since spec.retryPolicy does not allow it any more",
+            a.number
+        );
+        return Some(stopped(job, State::Succeeded, Reason::CompletedWithFailures, message));
+    }
     let reason = [Reason::BatchExpired, Reason::BatchFailed].into_iter().find(|r| r.as_str() == ended)?;
     if failures(job) <= job.spec.backoff_limit {
         return None;
@@ -126,18 +160,8 @@ pub fn limit_reached(job: &GeminiBatchJob, a: &Attempt) -> Option<End> {
 #[must_use]
 pub fn nothing_missing(job: &GeminiBatchJob) -> End {
     let counts = job.status.as_ref().and_then(|s| s.requests).unwrap_or_default();
-    let (state, reason) = match (counts.succeeded, counts.total) {
-        (0, _) => (State::Failed, Reason::AllRequestsFailed),
-        (succeeded, total) if succeeded < total => (State::Succeeded, Reason::CompletedWithFailures),
-        _ => (State::Succeeded, Reason::Completed),
-    };
-    let message = format!(
-        "every request was answered in earlier attempts: {} of {} have a response",
-        counts.succeeded, counts.total
-    );
-    let counts = RequestCounts { failed: counts.total - counts.succeeded, ..counts };
-    let (state, reason, message) = by_success_policy(job, counts, (state, reason, message));
-    stopped(job, state, reason, message)
+    let message = "no request is left for a further attempt".to_owned();
+    by_counts(job, counts, message)
 }
 
 /// Why the operator wanted the batch cancelled, if it did.
@@ -151,11 +175,14 @@ pub fn cancelled_for(a: &Attempt) -> Option<Reason> {
     })
 }
 
-/// Earlier attempts that Gemini did not finish. Those that were suspended do not count.
+/// Earlier attempts that Gemini did not finish. Those that were suspended do not count, nor those in which only requests
+/// failed.
 fn failures(job: &GeminiBatchJob) -> i32 {
     let attempts = job.status.as_ref().map_or(&[][..], |s| &s.attempts);
     let failed = attempts.iter().filter_map(|a| a.outcome.as_ref());
-    let failed = failed.filter(|o| o.reason != Reason::Suspended.as_str()).count();
+    let failed = failed
+        .filter(|o| o.reason == Reason::BatchFailed.as_str() || o.reason == Reason::BatchExpired.as_str());
+    let failed = failed.count();
     i32::try_from(failed).unwrap_or(i32::MAX)
 }
 
@@ -173,6 +200,7 @@ pub fn attempt_ended(
     let mut results = results(job, a, batch, collected, stored);
     if let Some(counts) = &mut results.requests {
         counts.failed = match collected {
+            Some(c) if retried_after(job, reason) => c.failed_lines - c.unanswered_lines - c.retryable_lines,
             Some(c) => c.failed_lines - c.unanswered_lines,
             None => last_outcome(job).map_or(0, |o| o.failed),
         };
@@ -182,9 +210,18 @@ pub fn attempt_ended(
     let what = match reason {
         Reason::BatchExpired => "Gemini gave the batch up after its time limit".to_owned(),
         Reason::Suspended => "the batch was cancelled, as spec.suspend and spec.suspendPolicy say".to_owned(),
+        Reason::RequestsFailed => "the batch has ended, and some requests failed".to_owned(),
         _ => format!("Gemini says that the batch failed{}", code_of(batch)),
     };
-    let further = if reason == Reason::Suspended && job.spec.suspend {
+    let further = if reason == Reason::RequestsFailed {
+        let most = job.spec.retry_policy.as_ref().map_or(1, |policy| policy.max_attempts);
+        let when = if job.spec.suspend { ", once spec.suspend is false" } else { "" };
+        format!(
+            "a further batch carries the {} that spec.retryPolicy sends again (try {} of {most}){when}",
+            counts.pending,
+            retry::tries(job) + 2
+        )
+    } else if reason == Reason::Suspended && job.spec.suspend {
         "further ones wait until spec.suspend is false".to_owned()
     } else if reason == Reason::Suspended {
         format!("a further batch carries the other {}", counts.pending)
@@ -212,18 +249,51 @@ pub fn attempt_ended(
     }
 }
 
-/// The end of a job between two attempts: nothing of it is at Gemini.
+/// The end of a job that has all the results that it will have, as far as requests go.
+fn by_counts(job: &GeminiBatchJob, counts: RequestCounts, what: String) -> End {
+    let counts = RequestCounts { failed: counts.total - counts.succeeded, pending: 0, ..counts };
+    let message = format!("{}; {what}", tell(counts));
+    let (state, reason) = judge(counts);
+    let (state, reason, message) = by_success_policy(job, counts, (state, reason, message));
+    End { results: Results { requests: Some(counts), ..Results::default() }, ..bare(state, reason, message) }
+}
+
+/// By what became of the requests alone.
+fn judge(counts: RequestCounts) -> (State, Reason) {
+    match (counts.succeeded, counts.total) {
+        (0, _) => (State::Failed, Reason::AllRequestsFailed),
+        (succeeded, total) if succeeded < total => (State::Succeeded, Reason::CompletedWithFailures),
+        _ => (State::Succeeded, Reason::Completed),
+    }
+}
+
+fn tell(counts: RequestCounts) -> String {
+    match (counts.succeeded, counts.failed) {
+        (0, _) => "no request has a response".to_owned(),
+        (_, 0) => format!("all {} requests succeeded", counts.total),
+        (succeeded, failed) => format!("{succeeded} of {} requests succeeded, {failed} failed", counts.total),
+    }
+}
+
+/// The end of a job between two attempts: nothing of it is at Gemini. Where only failed requests would have been sent
+/// again, it is the end that it would have had without.
 #[must_use]
 pub fn stopped(job: &GeminiBatchJob, state: State, reason: Reason, message: String) -> End {
     let counts = job.status.as_ref().and_then(|s| s.requests);
+    if let Some(counts) = counts.filter(|_| retry::was_whole(job)) {
+        return by_counts(job, counts, message);
+    }
+    let requests = counts.map(|c| RequestCounts { failed: c.total - c.succeeded, pending: 0, ..c });
+    End { results: Results { requests, ..Results::default() }, ..bare(state, reason, message) }
+}
+
+/// An end of which nothing else is known.
+fn bare(state: State, reason: Reason, message: String) -> End {
     End {
         state,
         reason,
         message,
-        results: Results {
-            requests: counts.map(|c| RequestCounts { failed: c.total - c.succeeded, pending: 0, ..c }),
-            ..Results::default()
-        },
+        results: Results::default(),
         remote_state: None,
         end_time: None,
         refusal: None,
@@ -297,6 +367,36 @@ fn by_success_policy(
     (State::Failed, Reason::TooManyFailedRequests, message)
 }
 
+/// The end of a job whose failed requests were sent again in a batch that was not finished.
+fn bettered_in_vain(
+    a: &Attempt,
+    batch: Option<&Batch>,
+    collected: Option<&Collected>,
+    counts: RequestCounts,
+) -> (State, Reason, String) {
+    let what = match (batch.map(|b| b.state), collected) {
+        (None, _) => "does not exist at Gemini any more".to_owned(),
+        (Some(BatchState::Succeeded), None) => {
+            "succeeded, but its result file can't be read with this API key".to_owned()
+        }
+        (Some(BatchState::Succeeded), _) => "was not finished".to_owned(),
+        (Some(state), _) => format!("ended as {}", state.as_str()),
+    };
+    let why = match cancelled_for(a) {
+        Some(Reason::DeadlineExceeded) => ", since spec.activeDeadlineSeconds had passed",
+        _ => "",
+    };
+    let (state, reason) = judge(counts);
+    let odd = collected.map_or_else(String::new, |c| details(c, counts));
+    let again = a.request_count.unwrap_or_default();
+    let message = format!(
+        "{}; the batch of attempt {}, which carried {again} of them again, {what}{why}{odd}",
+        tell(counts),
+        a.number
+    );
+    (state, reason, message)
+}
+
 fn verdict(
     a: &Attempt,
     batch: Option<&Batch>,
@@ -333,16 +433,8 @@ fn verdict(
                 format!("no request has a response{}", details(c, counts)),
             ),
             Some(c) => {
-                let reason =
-                    if counts.failed > 0 { Reason::CompletedWithFailures } else { Reason::Completed };
-                let message = match counts.failed {
-                    0 => format!("all {} requests succeeded", counts.total),
-                    failed => format!(
-                        "{} of {} requests succeeded, {failed} failed",
-                        counts.succeeded, counts.total
-                    ),
-                };
-                (State::Succeeded, reason, message + &details(c, counts))
+                let (state, reason) = judge(counts);
+                (state, reason, tell(counts) + &details(c, counts))
             }
         },
         Some(BatchState::Expired) => (
@@ -405,7 +497,7 @@ fn details(c: &Collected, counts: RequestCounts) -> String {
         let _ = write!(text, "; {without} without any result, and without the input it can't be told which");
     }
     for (count, what) in [
-        (c.duplicate_lines, "lines repeat a key (the first one counts)"),
+        (c.duplicate_lines, "lines repeat a key (a response counts, else the first one)"),
         (c.foreign_lines, "lines have a key that was not sent"),
         (c.malformed_lines, "lines can't be read"),
     ] {
@@ -489,7 +581,12 @@ pub fn results(
 
 /// The end of a job that Gemini refused for good.
 #[must_use]
-pub fn refused(a: &Attempt, refused: &Refused) -> End {
+pub fn refused(job: &GeminiBatchJob, a: &Attempt, refused: &Refused) -> End {
+    if a.number > 1 {
+        // Earlier attempts have results.
+        let end = stopped(job, State::Failed, refused.reason, refused.message.clone());
+        return End { refusal: Some(refused.refusal.clone()), ..end };
+    }
     End {
         state: State::Failed,
         reason: refused.reason,

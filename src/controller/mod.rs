@@ -9,6 +9,7 @@
 //! | [`gather`] | yes | reads what a batch left and joins it with what was sent |
 //! | [`earlier`] | yes | what earlier attempts left |
 //! | [`output`], [`output_store`] | yes | where results go: a `ConfigMap`, an object store |
+//! | [`retry`] | no | which requests a further attempt carries |
 //! | [`sweep`] | yes | finds what callbacks did not tell |
 //! | [`census`] | yes | what Gemini has that the cluster may have forgotten |
 //! | [`quota`] | no | who may send next, for each API key |

@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1::ConfigMap;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use kube::api::{DeleteParams, PostParams, Preconditions};
 use kube::{Api, Client, Resource as _, ResourceExt};
+use serde::Deserialize;
 use serde_json::json;
 
 use super::Problem;
@@ -66,16 +67,6 @@ pub struct Text {
     pub missing: String,
     /// Lines that repeat a key, have one that was not sent, or can't be read, as they came.
     pub unmatched: String,
-}
-
-/// The attempt that a stored line came from. It says so only if there were several.
-#[must_use]
-pub fn attempt_of(line: &str) -> i32 {
-    #[derive(serde::Deserialize)]
-    struct Line {
-        attempt: Option<i32>,
-    }
-    serde_json::from_str::<Line>(line).ok().and_then(|line| line.attempt).unwrap_or(1)
 }
 
 /// Writes the results.
@@ -137,12 +128,29 @@ pub async fn release(client: &Client, job: &GeminiBatchJob, name: &str) -> Resul
 #[must_use]
 pub fn manifest(job: &GeminiBatchJob, collected: &Collected, counts: RequestCounts) -> serde_json::Value {
     let attempt = super::decide::current_attempt(job);
+    let attempts: Vec<_> = job
+        .status
+        .iter()
+        .flat_map(|s| &s.attempts)
+        .map(|a| {
+            let lines = collected.by_attempt.get(&a.number).copied().unwrap_or_default();
+            json!({
+                "number": a.number,
+                "batch": a.batch_name,
+                "requests": a.request_count,
+                // Of its lines those that are among the results: no later attempt has a better one.
+                "succeeded": lines.succeeded,
+                "failed": lines.failed,
+            })
+        })
+        .collect();
     json!({
         "job": {"namespace": job.namespace(), "name": job.name_any(), "uid": job.uid()},
         "model": job.spec.model,
         "batch": attempt.and_then(|a| a.batch_name.clone()),
         "attempt": attempt.map(|a| a.number),
         "batches": job.status.iter().flat_map(|s| &s.attempts).filter_map(|a| a.batch_name.as_ref()).collect::<Vec<_>>(),
+        "attempts": attempts,
         "inputSha256": attempt.and_then(|a| a.input_sha256.clone()),
         "resultFile": {"name": collected.file, "bytes": collected.bytes, "sha256": collected.sha256},
         "requests": {
@@ -159,6 +167,27 @@ pub fn manifest(job: &GeminiBatchJob, collected: &Collected, counts: RequestCoun
         },
         "usage": collected.usage,
     })
+}
+
+/// The last attempt whose results are stored, as the manifest beside them says.
+#[must_use]
+pub fn stored_up_to(manifest: &str) -> Option<i32> {
+    #[derive(Deserialize)]
+    struct Manifest {
+        attempt: Option<i32>,
+    }
+    serde_json::from_str::<Manifest>(manifest).ok()?.attempt
+}
+
+/// The attempt that a stored line came from.
+#[must_use]
+pub fn attempt_of(line: &str) -> i32 {
+    #[derive(Deserialize)]
+    struct Line {
+        attempt: Option<i32>,
+    }
+    // Lines of the first attempt were stored when there was no other one.
+    serde_json::from_str::<Line>(line).ok().and_then(|line| line.attempt).unwrap_or(1)
 }
 
 fn object(

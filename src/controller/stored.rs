@@ -15,6 +15,7 @@ use kube::{Api, Client, ResourceExt as _};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
+use super::gather::aside;
 use super::identity::hex;
 use super::keys::{Hasher, Lines, Sorter};
 use super::memory::{KnownProblem, Memory, after};
@@ -517,8 +518,11 @@ pub async fn observe(
     let what = format!("read for {} {}", decide::attempt_at_hand(job), serde_json::json!(of));
     let source = Source::new(ctx, job, of);
     let (ctx2, job2, key2) = (Arc::clone(ctx), job.clone(), Arc::clone(key));
-    let work = || async move {
-        read(source, before, async move |sorter| answered(&ctx2, &job2, &key2, sorter).await).await
+    let work = || {
+        // What earlier attempts left may have to go to the temporary directory.
+        aside(async move {
+            read(source, before, async move |sorter| answered(&ctx2, &job2, &key2, sorter).await).await
+        })
     };
     let waited = ctx.transfers.run(&owner(job), &what, woken(ctx, job), work).await;
     Ok(match waited {
@@ -596,24 +600,17 @@ async fn answered(
     key: &Credential,
     mut sorter: Sorter,
 ) -> Result<Option<Sorter>, Failure> {
-    let mut failed = None;
     let read = earlier::answered(ctx, job, &key.key, |key| {
         sorter.push(key, 0);
-        // Here and there a tenth of a second on this thread.
-        if sorter.is_full()
-            && let Err(e) = sorter.spill()
-        {
-            failed = Some(e);
-        }
+        if sorter.is_full() { sorter.spill() } else { Ok(()) }
     })
     .await
     .map_err(Failure::Kubernetes)?;
-    if let Some(e) = failed {
-        return Err(no_room(&e));
-    }
     match read {
         Ok(()) => Ok(Some(sorter)),
-        Err(problem) if problem.reason == Reason::GeminiUnavailable => Err(Failure::Passing(problem)),
+        Err(problem) if matches!(problem.reason, Reason::GeminiUnavailable | Reason::StoreUnavailable) => {
+            Err(Failure::Passing(problem))
+        }
         Err(problem) => Err(Failure::problem(problem)),
     }
 }

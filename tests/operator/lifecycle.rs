@@ -14,32 +14,32 @@ use crate::harness::{
 };
 
 /// Runs until the test ends it.
-const LONG: &str = "[[sim:work=9000000]]";
+pub const LONG: &str = "[[sim:work=9000000]]";
 
 /// A spec with more fields.
 #[expect(clippy::needless_pass_by_value, reason = "callers build the value in place")]
-fn with(mut spec: Value, more: Value) -> Value {
+pub fn with(mut spec: Value, more: Value) -> Value {
     for (name, value) in more.as_object().unwrap() {
         spec[name] = value.clone();
     }
     spec
 }
 
-async fn edit(env: &Env, name: &str, spec: Value) -> GeminiBatchJob {
+pub async fn edit(env: &Env, name: &str, spec: Value) -> GeminiBatchJob {
     let patch = Patch::Merge(json!({ "spec": spec }));
     env.jobs().patch(name, &PatchParams::default(), &patch).await.unwrap()
 }
 
-async fn running(env: &Env, name: &str) -> GeminiBatchJob {
+pub async fn running(env: &Env, name: &str) -> GeminiBatchJob {
     env.until(name, "running", |j| state(j) == "Running").await
 }
 
-async fn suspended(env: &Env, name: &str) -> GeminiBatchJob {
+pub async fn suspended(env: &Env, name: &str) -> GeminiBatchJob {
     env.until(name, "suspended", |j| state(j) == "Suspended").await
 }
 
 /// Waits for what the simulator shows.
-async fn until(what: &str, wanted: impl Fn() -> bool) {
+pub async fn until(what: &str, wanted: impl Fn() -> bool) {
     let shown = tokio::time::timeout(PATIENCE, async {
         while !wanted() {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
@@ -49,27 +49,27 @@ async fn until(what: &str, wanted: impl Fn() -> bool) {
 }
 
 /// The one batch that is not over.
-fn live(env: &Env) -> Vec<BatchView> {
+pub fn live(env: &Env) -> Vec<BatchView> {
     let live = |b: &BatchView| ["PENDING", "RUNNING"].contains(&b.state.as_str());
     env.sim.batches().into_iter().filter(live).collect()
 }
 
-fn attempts(job: &GeminiBatchJob) -> Vec<gemini_batch_operator::api::Attempt> {
+pub fn attempts(job: &GeminiBatchJob) -> Vec<gemini_batch_operator::api::Attempt> {
     job.status.clone().unwrap().attempts
 }
 
 /// Lines of the stored results.
-async fn results(env: &Env) -> Vec<Value> {
+pub async fn results(env: &Env) -> Vec<Value> {
     let data = env.config_maps().get("out").await.unwrap().data.unwrap();
     data["results.jsonl"].lines().map(|l| serde_json::from_str(l).unwrap()).collect()
 }
 
-fn keys(lines: &[Value]) -> Vec<&str> {
+pub fn keys(lines: &[Value]) -> Vec<&str> {
     lines.iter().map(|l| l["key"].as_str().unwrap()).collect()
 }
 
 /// An operator that sweeps each second.
-async fn started() -> Env {
+pub async fn started() -> Env {
     let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=1"]).await;
     env.operator().await;
     env

@@ -27,6 +27,7 @@ mod metrics;
 mod object_store;
 mod outages;
 mod quota;
+mod retry;
 mod rules;
 mod stores;
 mod sweep;

@@ -32,6 +32,10 @@ async fn specs_are_accepted_and_refused() {
         }),
         changed(|s| s["ttlSecondsAfterFinished"] = json!(0)),
         changed(|s| s["backoffLimit"] = json!(9)),
+        changed(|s| s["retryPolicy"] = json!({"maxAttempts": 1})),
+        changed(|s| {
+            s["retryPolicy"] = json!({"maxAttempts": 10, "codes": ["UNAVAILABLE", "UNKNOWN", "CANCELLED"]})
+        }),
         changed(|s| s["activeDeadlineSeconds"] = json!(1)),
         changed(|s| s["deletionTimeoutSeconds"] = json!(86_400)),
         changed(|s| s["priority"] = json!(-5)),
@@ -120,6 +124,36 @@ async fn specs_are_accepted_and_refused() {
                 s["ttlSecondsAfterFinished"] = json!(5);
             }),
             "spec.ttlSecondsAfterFinished needs spec.output",
+        ),
+        (
+            changed(|s| {
+                s.as_object_mut().unwrap().remove("input");
+                s["importFrom"] = json!({"batchName": "batches/abc"});
+                s["retryPolicy"] = json!({"maxAttempts": 2});
+            }),
+            "spec.retryPolicy can't be used with importFrom and input.geminiFile",
+        ),
+        (
+            changed(|s| {
+                s["input"] = json!({"geminiFile": {"name": "files/abc-1"}});
+                s["retryPolicy"] = json!({"maxAttempts": 2});
+            }),
+            "spec.retryPolicy can't be used with importFrom and input.geminiFile",
+        ),
+        (changed(|s| s["retryPolicy"] = json!({})), "spec.retryPolicy.maxAttempts: Required value"),
+        (changed(|s| s["retryPolicy"] = json!({"maxAttempts": 0})), "should be greater than or equal to 1"),
+        (changed(|s| s["retryPolicy"] = json!({"maxAttempts": 11})), "should be less than or equal to 10"),
+        (
+            changed(|s| s["retryPolicy"] = json!({"maxAttempts": 2, "codes": ["UNAVAILABEL"]})),
+            "supported values: \"CANCELLED\", \"UNKNOWN\"",
+        ),
+        (
+            changed(|s| s["retryPolicy"] = json!({"maxAttempts": 2, "codes": []})),
+            "should have at least 1 items",
+        ),
+        (
+            changed(|s| s["retryPolicy"] = json!({"maxAttempts": 2, "codes": ["UNKNOWN", "UNKNOWN"]})),
+            "duplicate entries for key [=\"UNKNOWN\"]",
         ),
         (changed(|s| s["backoffLimit"] = json!(10)), "should be less than or equal to 9"),
         (changed(|s| s["backoffLimit"] = json!(-1)), "should be greater than or equal to 0"),

@@ -71,7 +71,9 @@ pub(super) fn ready<'a>(
         (_, false) => None,
         (Some(Ok(input)), true) => Some(input),
         // What earlier attempts left can't be read for now: nobody has to change anything.
-        (Some(Err(problem)), true) if problem.reason == Reason::GeminiUnavailable => {
+        (Some(Err(problem)), true)
+            if matches!(problem.reason, Reason::GeminiUnavailable | Reason::StoreUnavailable) =>
+        {
             let say = Some(Box::new(waiting(problem, false)));
             return Err(Box::new(Decision::Wait { say, wake: Wake::Recheck }));
         }
@@ -299,7 +301,7 @@ pub(super) fn submitting(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> Decis
             return record(Change::Submitted { batch: batch.clone(), adopted: true });
         }
         Some(Stage::Refused(refused)) if refused.is_final => {
-            return record(Change::Finished(Box::new(ending::refused(a, refused))));
+            return record(Change::Finished(Box::new(ending::refused(o.job, a, refused))));
         }
         Some(Stage::Refused(refused)) => return record(Change::Refused(Box::new(refused.clone()))),
         // Nothing was asked for yet.

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::api::{
     Callback, Cancellation, DeletionPolicy, ObjectStoreOutput, RESEND_ANNOTATION, Refusal, RefusedCall,
-    SuspendPolicy,
+    RetryPolicy, SuspendPolicy,
 };
 use crate::controller::collect::{Collected, Kept, Lines};
 use crate::controller::destination::{Destination, Placed};
@@ -150,6 +150,49 @@ fn over_once() -> Case {
     let case = no_results(BatchState::Failed).backoff(1).cleanup(|c| c.input_deleted = true);
     let Decision::Record(change) = case.decide() else { panic!("it goes on") };
     case.recorded(&change).with(|c| c.memory = Memory::default())
+}
+
+/// The batch is over; of two requests one has a response, and the other one an error that is worth another try.
+fn one_failed(state: BatchState) -> Case {
+    ended(state).cleanup(|c| c.input_deleted = true).with(|c| {
+        c.memory.collected = Some(Collected {
+            joined: true,
+            failed_lines: 1,
+            retryable_lines: 1,
+            ..collected(1, Lines::Dropped)
+        });
+    })
+}
+
+/// The first attempt is over, and the request that failed is to be sent again.
+fn to_be_retried() -> Case {
+    let case = one_failed(BatchState::Succeeded).retry(3);
+    let Decision::Record(change) = case.decide() else { panic!("it goes on") };
+    let rest = InputFacts { sha256: "rest".into(), whole_sha256: SHA.into(), count: 1, bytes: 9 };
+    case.recorded(&change).with(|c| {
+        c.memory = Memory::default();
+        c.input = Ok(rest);
+    })
+}
+
+/// It was sent again, and the second batch is over.
+fn retried(state: BatchState) -> Case {
+    let intent = Change::Intent(Box::new(to_be_retried().intent()));
+    let submitted = Change::Submitted { batch: boxed(BatchState::Running), adopted: false };
+    let case = to_be_retried().recorded(&intent).recorded(&submitted);
+    case.remote(Remote::Seen(boxed(state))).cleanup(|c| c.input_deleted = true)
+}
+
+/// Of both requests together so many have a response; the others have an error that is worth another try.
+fn merged(case: Case, succeeded: i64) -> Case {
+    case.with(|c| {
+        c.memory.collected = Some(Collected {
+            joined: true,
+            failed_lines: 2 - succeeded,
+            retryable_lines: 2 - succeeded,
+            ..collected(succeeded, Lines::Dropped)
+        });
+    })
 }
 
 /// Looked for long enough.
@@ -324,6 +367,20 @@ impl Case {
 
     fn backoff(self, limit: i32) -> Self {
         self.with(|c| c.job.spec.backoff_limit = limit)
+    }
+
+    /// So many batches in all, for requests that fail.
+    fn retry(self, max_attempts: i32) -> Self {
+        self.with(|c| c.job.spec.retry_policy = Some(RetryPolicy { max_attempts, codes: None }))
+    }
+
+    fn no_retry(self) -> Self {
+        self.with(|c| c.job.spec.retry_policy = None)
+    }
+
+    fn tolerates(self, failures: i32) -> Self {
+        let policy = json!({"maxFailedRequests": failures});
+        self.with(|c| c.job.spec.success_policy = serde_json::from_value(policy).unwrap())
     }
 
     fn policy(self, policy: DeletionPolicy) -> Self {
@@ -1254,6 +1311,97 @@ fn further_attempts_are_as_many_as_were_asked_for() {
         (twice(1).says().as_str(), twice(2).says().as_str()),
         ("Finished Failed BatchFailed", "AttemptEnded")
     );
+}
+
+#[test]
+fn failed_requests_are_sent_again_as_often_as_was_asked() {
+    let after_suspension = || {
+        let again = merged(retried(BatchState::Cancelled), 1);
+        let case = again.with(|c| {
+            let reason = Reason::Suspended.as_str().to_owned();
+            c.job.status.as_mut().unwrap().attempts[1].cancellation =
+                Some(Cancellation { reason, time: MicroTime(at(-1)) });
+        });
+        let Decision::Record(change) = case.decide() else { panic!("{}", case.says()) };
+        case.recorded(&change).with(|c| c.memory = Memory::default())
+    };
+    let gone = |case: Case| case.remote(missing(KEY, 3, -3600, 5)).unreadable(KEY, -5, 5);
+    let cut = |case: Case| {
+        case.with(|c| {
+            let reason = Reason::DeadlineExceeded.as_str().to_owned();
+            c.job.status.as_mut().unwrap().attempts[1].cancellation =
+                Some(Cancellation { reason, time: MicroTime(at(-1)) });
+        })
+    };
+    check! {
+        "none by default": one_failed(BatchState::Succeeded) => "Finished Succeeded CompletedWithFailures";
+        "the first one is one": one_failed(BatchState::Succeeded).retry(1) => "Finished Succeeded CompletedWithFailures";
+        "asked for": one_failed(BatchState::Succeeded).retry(2) => "AttemptEnded";
+        "none of them is worth it": one_failed(BatchState::Succeeded).retry(2).with(|c| c.memory.collected.as_mut().unwrap().retryable_lines = 0) => "Finished Succeeded CompletedWithFailures";
+        "all of them": merged(one_failed(BatchState::Succeeded), 0).retry(2) => "AttemptEnded";
+        "one has no line at all": partly(BatchState::Succeeded, 1, 0).cleanup(|c| c.input_deleted = true).retry(2) => "AttemptEnded";
+        "nothing failed": merged(one_failed(BatchState::Succeeded), 2).retry(2) => "Finished Succeeded Completed";
+        "nobody knows the keys": one_failed(BatchState::Succeeded).retry(2).with(|c| c.memory.collected.as_mut().unwrap().joined = false) => "Finished Succeeded CompletedWithFailures";
+        "what earlier attempts left is gone": one_failed(BatchState::Succeeded).retry(2).with(|c| c.memory.collected.as_mut().unwrap().without_earlier = true) => "Finished Succeeded CompletedWithFailures";
+        "the input first": one_failed(BatchState::Succeeded).retry(2).cleanup(|c| c.input_deleted = false) => "DeleteInputFile";
+        "a batch that expires is another matter": one_failed(BatchState::Expired).with(|c| c.memory.collected.as_mut().unwrap().missing_keys = 1).retry(9) => "Finished Failed BatchExpired";
+        "and one that fails": one_failed(BatchState::Failed).with(|c| c.memory.collected.as_mut().unwrap().missing_keys = 1).retry(9) => "Finished Failed BatchFailed";
+        "expired with all answered": one_failed(BatchState::Expired).retry(9) => "Finished Succeeded CompletedWithFailures";
+        "the same, and it may be tried again": one_failed(BatchState::Expired).retry(9).backoff(1) => "AttemptEnded";
+        "the same, for the batch only": one_failed(BatchState::Expired).backoff(1) => "Finished Succeeded CompletedWithFailures";
+        "cancelled by somebody": merged(one_failed(BatchState::Cancelled), 0).retry(9) => "Finished Cancelled BatchCancelled";
+        "whole though it was to be held": one_failed(BatchState::Succeeded).retry(2).cancellation(Reason::Suspended) => "AttemptEnded";
+        "whole though it was late": one_failed(BatchState::Succeeded).retry(2).cancellation(Reason::DeadlineExceeded) => "Finished Succeeded CompletedWithFailures";
+        "over": to_be_retried() => "Intent";
+        "over, and held": to_be_retried().suspended(false) => "Wait Suspended change";
+        "over, not its turn": to_be_retried().closed() => "Wait WaitingForSlot change";
+        "over, and its time as well": to_be_retried().deadline(1) => "Finished Succeeded CompletedWithFailures";
+        "over, and not wanted any more": to_be_retried().no_retry() => "Finished Succeeded CompletedWithFailures";
+        "over, and lowered": to_be_retried().retry(1) => "Finished Succeeded CompletedWithFailures";
+        "over, lowered, and that is too many": to_be_retried().retry(1).tolerates(0) => "Finished Failed TooManyFailedRequests";
+        "over, and other codes are wanted": to_be_retried().with(|c| c.input.as_mut().unwrap().count = 0) => "Finished Succeeded CompletedWithFailures";
+        "over, and the input moved": to_be_retried().other_input() => "Finished Succeeded CompletedWithFailures";
+        "over, and the input is gone": to_be_retried().no_input() => "Wait InputInvalid! recheck";
+        "over, and as many as fit": to_be_retried().attempt(|a| a.number = 10) => "Finished Succeeded CompletedWithFailures";
+        "retried": merged(retried(BatchState::Succeeded), 2) => "Finished Succeeded Completed";
+        "failed again": merged(retried(BatchState::Succeeded), 1) => "AttemptEnded";
+        "failed again, for the last time": merged(retried(BatchState::Succeeded), 1).retry(2) => "Finished Succeeded CompletedWithFailures";
+        "and that is too many": merged(retried(BatchState::Succeeded), 1).retry(2).tolerates(0) => "Finished Failed TooManyFailedRequests";
+        "and that is not": merged(retried(BatchState::Succeeded), 1).retry(2).tolerates(1) => "Finished Succeeded CompletedWithFailures";
+        "expired": merged(retried(BatchState::Expired), 1) => "Finished Succeeded CompletedWithFailures";
+        "expired, and nothing to read": retried(BatchState::Expired).unreadable(KEY, -5, 5) => "Finished Succeeded CompletedWithFailures";
+        "expired, and that is too many": retried(BatchState::Expired).unreadable(KEY, -5, 5).tolerates(0) => "Finished Failed TooManyFailedRequests";
+        "expired, and that may be tried again": merged(retried(BatchState::Expired), 1).backoff(1) => "AttemptEnded";
+        "cancelled by somebody, retried": merged(retried(BatchState::Cancelled), 1) => "Finished Succeeded CompletedWithFailures";
+        "gone": gone(retried(BatchState::Failed)) => "Finished Succeeded CompletedWithFailures";
+        "cut off": cut(merged(retried(BatchState::Cancelled), 1)) => "Finished Succeeded CompletedWithFailures";
+        "cut off with half of it": cut(merged(retried(BatchState::Succeeded), 1)).with(|c| c.memory.collected.as_mut().unwrap().unanswered_lines = 1) => "Finished Succeeded CompletedWithFailures";
+        "held in the midst": after_suspension() => "Intent";
+        "held in the midst of the last one": after_suspension().retry(2) => "Intent";
+    }
+    // A suspension is no try: what it broke off is still the second of two.
+    let third = after_suspension().retry(2).intent();
+    assert_eq!(third.number, 3);
+    let second = to_be_retried().intent();
+    assert_eq!(
+        (second.number, second.request_count, second.input_sha256.as_deref()),
+        (2, Some(1), Some("rest"))
+    );
+    // What waits to be sent again is not counted as failed, and its error is not the end of it.
+    let status = to_be_retried().job.status.unwrap();
+    let requests = status.requests.unwrap();
+    assert_eq!((requests.total, requests.succeeded, requests.failed, requests.pending), (2, 1, 0, 1));
+    let outcome = status.attempts[0].outcome.clone().unwrap();
+    assert_eq!((outcome.reason.as_str(), outcome.succeeded, outcome.failed), ("RequestsFailed", 1, 0));
+    // Refused for good: the first attempt's results count all the same.
+    let change = Change::Intent(Box::new(to_be_retried().intent()));
+    let refused = to_be_retried().recorded(&change).stage(refused_stage(Reason::ModelNotFound, true));
+    assert_eq!(refused.says(), "Finished Succeeded CompletedWithFailures");
+    let Decision::Record(change) = refused.decide() else { panic!("{}", refused.says()) };
+    let status = refused.recorded(&change).job.status.unwrap();
+    let requests = status.requests.unwrap();
+    assert_eq!((requests.total, requests.succeeded, requests.failed, requests.pending), (2, 1, 1, 0));
+    assert!(status.attempts[1].refusal.is_some());
 }
 
 #[test]

@@ -29,6 +29,7 @@ use sha2::{Digest, Sha256};
 use self::records::{Entry, Found, Key, Kind, Line, Place, Slot};
 pub use self::scratch::Scratch;
 use self::scratch::{Reads, Spool, Table};
+use self::streams::Slots;
 pub use self::streams::{Stream, Streamed, What};
 use super::retry::{self, Judge, Standing};
 use crate::api::conditions::cut;
@@ -68,6 +69,8 @@ impl Limits {
 pub enum Keep {
     /// Lines as well.
     Lines,
+    /// Only what came of each key: see [`Joined::each`].
+    Keys,
     /// Counts.
     Counts,
 }
@@ -319,7 +322,7 @@ impl Join {
                 if !self.count(line.kind) {
                     failed.add((position, line.kind.code));
                 }
-                if self.keep == Keep::Lines {
+                if self.keep != Keep::Counts {
                     let slot = Slot { position, kind: line.kind, place: line.place };
                     slots.push(slot_part(position, positions, self.limits.parts), &slot.to_bytes())?;
                 }
@@ -498,6 +501,20 @@ impl Joined {
             || self.lines.is_in_file()
             || self.slots.is_in_file()
             || self.places.is_in_file()
+    }
+
+    /// Gives each key that has a line to `take`, with what it means, until that fails.
+    pub fn each(&self, mut take: impl FnMut(&str, Standing) -> io::Result<()>) -> io::Result<()> {
+        let mut slots = Slots::default();
+        let mut names = Reads::new(&self.names);
+        while let Some(slot) = slots.next(self)? {
+            let name = names.line(NAME_BYTES)?;
+            if let (Some((kind, _)), Some(name)) = (slot, name) {
+                let name: String = serde_json::from_slice(name).map_err(io::Error::other)?;
+                take(&name, kind.standing)?;
+            }
+        }
+        Ok(())
     }
 
     /// The lines of one kind, from the first.

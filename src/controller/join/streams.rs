@@ -35,8 +35,7 @@ pub struct Stream<'a> {
     what: What,
     lines: Reads<'a>,
     names: Reads<'a>,
-    slots: Window,
-    position: u32,
+    slots: Slots,
     places: Records<'a, { Place::SIZE }>,
     number: u32,
     /// What is left of a line that is passed on as it came.
@@ -56,11 +55,51 @@ pub struct Streamed {
     pub sha256: String,
 }
 
-/// The lines for one part of the places.
-struct Window {
+/// What belongs to each place, one part of the places at a time.
+pub(super) struct Slots {
+    position: u32,
     part: usize,
     first: u32,
     lines: Vec<Option<(Kind, Place)>>,
+}
+
+impl Default for Slots {
+    fn default() -> Self {
+        Self { position: 0, part: usize::MAX, first: 0, lines: Vec::new() }
+    }
+}
+
+impl Slots {
+    fn held(&self) -> usize {
+        self.lines.capacity() * size_of::<Option<(Kind, Place)>>()
+    }
+
+    /// What belongs to the next place; `None` at the end.
+    pub(super) fn next(&mut self, of: &Joined) -> io::Result<Option<Option<(Kind, Place)>>> {
+        let Joined { positions, parts, .. } = *of;
+        if self.position >= positions {
+            return Ok(None);
+        }
+        let part = slot_part(self.position, positions, parts);
+        if part != self.part {
+            // The first place of a part is where the one before it ends.
+            (self.part, self.first) = (part, self.position);
+            self.lines.clear();
+            let size = usize::try_from(positions).unwrap_or(usize::MAX) / parts + 1;
+            self.lines.resize(size, None);
+            let mut slots = of.slots.records(part);
+            while let Some(bytes) = slots.next()? {
+                let Slot { position, kind, place } = Slot::from_bytes(&bytes);
+                let index = usize::try_from(position - self.first).unwrap_or(usize::MAX);
+                if let Some(slot) = self.lines.get_mut(index) {
+                    *slot = Some((kind, place));
+                }
+            }
+        }
+        let index = usize::try_from(self.position - self.first).unwrap_or(usize::MAX);
+        self.position += 1;
+        Ok(Some(self.lines.get(index).copied().flatten()))
+    }
 }
 
 impl<'a> Stream<'a> {
@@ -70,8 +109,7 @@ impl<'a> Stream<'a> {
             what,
             lines: Reads::new(&of.lines),
             names: Reads::new(&of.names),
-            slots: Window { part: usize::MAX, first: 0, lines: Vec::new() },
-            position: 0,
+            slots: Slots::default(),
             places: of.places.records(0),
             number: 0,
             rest: None,
@@ -83,8 +121,7 @@ impl<'a> Stream<'a> {
     /// Bytes held in memory.
     #[must_use]
     pub fn held(&self) -> usize {
-        let window = self.slots.lines.capacity() * size_of::<Option<(Kind, Place)>>();
-        self.lines.held() + self.names.held() + window
+        self.lines.held() + self.names.held() + self.slots.held()
     }
 
     /// Some of the next lines, of about so many bytes together: more only if a line has more. `None` at the end.
@@ -115,36 +152,8 @@ impl<'a> Stream<'a> {
         Streamed { sha256: hex(&self.hash.clone().finalize()), ..self.done.clone() }
     }
 
-    /// What belongs to the next place; `None` at the end.
-    fn slot(&mut self) -> io::Result<Option<Option<(Kind, Place)>>> {
-        let Joined { positions, parts, .. } = *self.of;
-        if self.position >= positions {
-            return Ok(None);
-        }
-        let part = slot_part(self.position, positions, parts);
-        if part != self.slots.part {
-            // The first place of a part is where the one before it ends.
-            let window = &mut self.slots;
-            (window.part, window.first) = (part, self.position);
-            window.lines.clear();
-            let size = usize::try_from(positions).unwrap_or(usize::MAX) / parts + 1;
-            window.lines.resize(size, None);
-            let mut slots = self.of.slots.records(part);
-            while let Some(bytes) = slots.next()? {
-                let Slot { position, kind, place } = Slot::from_bytes(&bytes);
-                let index = usize::try_from(position - window.first).unwrap_or(usize::MAX);
-                if let Some(slot) = window.lines.get_mut(index) {
-                    *slot = Some((kind, place));
-                }
-            }
-        }
-        let index = usize::try_from(self.position - self.slots.first).unwrap_or(usize::MAX);
-        self.position += 1;
-        Ok(Some(self.slots.lines.get(index).copied().flatten()))
-    }
-
     fn result(&mut self, out: &mut Vec<u8>, wanted: impl Fn(Kind) -> bool) -> io::Result<bool> {
-        let Some(slot) = self.slot()? else { return Ok(false) };
+        let Some(slot) = self.slots.next(self.of)? else { return Ok(false) };
         if let Some((kind, place)) = slot
             && wanted(kind)
         {
@@ -159,7 +168,7 @@ impl<'a> Stream<'a> {
         if !self.of.joined {
             return Ok(false);
         }
-        let (Some(slot), Some(name)) = (self.slot()?, self.names.line(NAME_BYTES)?) else {
+        let (Some(slot), Some(name)) = (self.slots.next(self.of)?, self.names.line(NAME_BYTES)?) else {
             return Ok(false);
         };
         if slot.is_none() {

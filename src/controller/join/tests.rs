@@ -4,13 +4,18 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::api::GeminiBatchJob;
 
 /// The attempt whose results are collected.
 const PRESENT: i32 = 4;
 
 /// The second attempt was cut short.
 fn judge() -> Judge {
-    Judge { cut_short: vec![2] }
+    let job: GeminiBatchJob = serde_json::from_value(json!({
+        "metadata": {"name": "j"}, "spec": {"model": "m"}, "status": {}
+    }))
+    .unwrap();
+    Judge::of(&job).and(2, true)
 }
 
 /// The same by the simplest means, with everything in memory.
@@ -258,6 +263,13 @@ proptest! {
         let bare = joined(limits(500, 500, 4), keys, &lines, Keep::Counts);
         prop_assert_eq!(&full.counts, &bare.counts);
         prop_assert_eq!(bare.raw_bytes(), 0);
+        let keyed = joined(limits(500, 500, 4), keys, &lines, Keep::Keys);
+        prop_assert_eq!(&keyed.counts, &full.counts);
+        let mut each = Vec::new();
+        keyed.each(|key, standing| { each.push((key.to_owned(), standing)); Ok(()) }).unwrap();
+        let model = Model::of(keys, &lines);
+        let found = model.keys.iter().filter_map(|key| Some((key.clone(), model.found.get(key)?.standing)));
+        prop_assert_eq!(each, found.collect::<Vec<_>>());
         prop_assert_eq!(read(&bare, What::Results, 100).0, "");
     }
 }

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use proptest::prelude::*;
 
 use super::*;
-use crate::api::{State, SuspendPolicy};
+use crate::api::{RetryPolicy, State, SuspendPolicy};
 use crate::controller::identity::is_send_of;
 use crate::controller::memory::KeyRefused;
 
@@ -39,6 +39,8 @@ enum Event {
     Suspend(bool, bool),
     Deadline(Option<i64>),
     BackoffLimit(i32),
+    /// Failed requests are sent again in so many batches at most, if at all.
+    Retry(Option<i32>),
     Policy(DeletionPolicy),
     /// Others go first, or an administrator paused all.
     Gate(bool),
@@ -62,6 +64,7 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         2 => (any::<bool>(), any::<bool>()).prop_map(|(held, cancel)| Event::Suspend(held, cancel)),
         1 => prop::sample::select(vec![None, Some(1), Some(5000), Some(90_000)]).prop_map(Event::Deadline),
         1 => (0i32..4).prop_map(Event::BackoffLimit),
+        2 => prop::option::weighted(0.8, 1i32..5).prop_map(Event::Retry),
         1 => prop::sample::select(vec![DeletionPolicy::Cancel, DeletionPolicy::Delete, DeletionPolicy::Orphan])
             .prop_map(Event::Policy),
         1 => any::<bool>().prop_map(Event::Gate),
@@ -83,6 +86,9 @@ struct RemoteBatch {
     /// Requests that it carries, and how many of them have a response.
     requests: i64,
     answered: i64,
+    /// Those of them that have an error from an earlier attempt, and those that got one from this batch.
+    failed_before: i64,
+    failed: i64,
     cancelled: bool,
 }
 
@@ -115,6 +121,8 @@ struct World {
     /// Send ids of all creates that left.
     created: Vec<String>,
     stored: Option<Destination>,
+    /// Requests whose last word is an error so far, of attempts that are over. All of them are worth another try.
+    errors: i64,
     orphaned: bool,
     gone: bool,
     wake: Option<Wake>,
@@ -132,6 +140,7 @@ impl World {
             sends: 0,
             created: Vec::new(),
             stored: None,
+            errors: 0,
             orphaned: false,
             gone: false,
             wake: None,
@@ -151,8 +160,21 @@ impl World {
     /// What the driver would read: of a further attempt only what has no result yet.
     fn facts(&self) -> Result<InputFacts, Problem> {
         let whole = self.case.input.clone()?;
-        let count = REQUESTS - self.earlier();
+        let count = self.to_send();
         Ok(InputFacts { sha256: format!("{}/{count}", whole.whole_sha256), count, ..whole })
+    }
+
+    /// Requests that an attempt carries that begins now.
+    fn to_send(&self) -> i64 {
+        REQUESTS - self.earlier() - if self.may_retry() { 0 } else { self.errors }
+    }
+
+    /// Whether failed requests may be sent again in a batch that begins now.
+    fn may_retry(&self) -> bool {
+        let attempts = self.case.job.status.iter().flat_map(|s| &s.attempts);
+        let tries = attempts.filter_map(|a| a.outcome.as_ref()).filter(|o| o.reason != "Suspended").count();
+        let most = self.case.job.spec.retry_policy.as_ref().map_or(0, |p| p.max_attempts);
+        tries < usize::try_from(most).unwrap()
     }
 
     /// Responses of attempts that are over.
@@ -250,6 +272,13 @@ impl World {
                     self.edited();
                 }
             }
+            Event::Retry(most) => {
+                if self.case.job.spec.has_own_input() {
+                    self.case.job.spec.retry_policy =
+                        most.map(|max_attempts| RetryPolicy { max_attempts, codes: None });
+                    self.edited();
+                }
+            }
             Event::Policy(policy) => {
                 self.case.job.spec.deletion_policy = Some(policy);
                 self.edited();
@@ -282,8 +311,10 @@ impl World {
             batch: made.clone(),
             project,
             readable_from: i64::MAX,
-            requests: REQUESTS - self.earlier(),
+            requests: self.to_send(),
             answered: 0,
+            failed_before: if self.may_retry() { self.errors } else { 0 },
+            failed: 0,
             cancelled: false,
         });
         made
@@ -291,10 +322,16 @@ impl World {
 
     fn end_batches(&mut self, state: BatchState) {
         let some = i64::from(self.outcome(2));
+        let errors = i64::from(self.outcome(3));
         for b in self.batches.iter_mut().filter(|b| !b.batch.is_terminal()) {
             b.batch.state = state;
-            b.answered = if state == BatchState::Succeeded { b.requests } else { some.min(b.requests - 1) };
-            b.readable_from = if b.answered > 0 { self.now + RESULT_LAG } else { i64::MAX };
+            b.failed = errors.min(b.requests);
+            b.answered = b.requests - b.failed;
+            if state != BatchState::Succeeded {
+                (b.answered, b.failed) = (some.min(b.requests - 1), 0);
+            }
+            let lines = b.answered + b.failed;
+            b.readable_from = if lines > 0 { self.now + RESULT_LAG } else { i64::MAX };
             if b.answered > 0 {
                 b.batch.stats = Some(crate::gemini::Stats { succeeded: b.answered, ..Default::default() });
             }
@@ -370,6 +407,11 @@ impl World {
     }
 
     fn write(&mut self, change: &Change) {
+        if let Change::Intent(a) = change
+            && self.attempt().is_some_and(|before| before.number < a.number)
+        {
+            self.check_asked_for();
+        }
         // Its turn is taken with the intent, and kept until it is over.
         assert!(!matches!(change, Change::Intent(_)) || self.case.gate == Gate::Open, "not its turn");
         let job = &mut self.case.job;
@@ -404,6 +446,9 @@ impl World {
             );
         }
         job.status = Some(after);
+        if let (Change::AttemptEnded(_), Some(collected)) = (change, &self.case.memory.collected) {
+            self.errors = collected.failed_lines;
+        }
         self.check_attempts();
         if let Change::Finished(end) = change {
             self.check_end(end);
@@ -619,15 +664,24 @@ impl World {
                     b.project == project && b.batch.name == *name && b.readable_from <= now
                 };
                 self.case.memory.trouble = None;
-                if let Some(answered) = self.batches.iter().find(readable).map(|b| b.answered) {
+                let read = self.batches.iter().find(readable);
+                if let Some((answered, failed, before)) =
+                    read.map(|b| (b.answered, b.failed, b.failed_before))
+                {
                     let lines =
                         if Destination::of(&self.case.job).is_some() { kept() } else { Lines::Dropped };
                     self.case.memory.unreadable = None;
                     let joined = self.case.job.spec.has_own_input();
                     let succeeded = answered + if joined { self.earlier() } else { 0 };
+                    // What was sent again keeps its error until there is something better.
+                    let kept = (before - answered - failed).max(0);
+                    let failed_lines = failed + kept + if joined { self.errors - before } else { 0 };
+                    let worth_it = joined && self.case.job.spec.retry_policy.is_some();
                     self.case.memory.collected = Some(Collected {
                         joined,
-                        missing_keys: if joined { REQUESTS - succeeded } else { 0 },
+                        missing_keys: if joined { REQUESTS - succeeded - failed_lines } else { 0 },
+                        failed_lines,
+                        retryable_lines: if worth_it { failed_lines } else { 0 },
                         ..collected(succeeded, lines)
                     });
                 } else {
@@ -828,8 +882,22 @@ impl World {
             let last = i + 1 == attempts.len();
             assert!(last || a.outcome.is_some(), "two attempts at once");
         }
-        let failed = attempts.iter().filter_map(|a| a.outcome.as_ref()).filter(|o| o.reason != "Suspended");
+        let failed = attempts.iter().filter_map(|a| a.outcome.as_ref());
+        let failed = failed.filter(|o| o.reason == "BatchFailed" || o.reason == "BatchExpired");
         assert!(failed.count() <= 3, "more attempts than anybody asked for");
+    }
+
+    /// A further attempt begins only if what ended the last one is to be followed by one, as the job says now.
+    fn check_asked_for(&self) {
+        let attempts = &self.case.job.status.as_ref().unwrap().attempts;
+        let outcomes = || attempts.iter().filter_map(|a| a.outcome.as_ref());
+        let failed = outcomes().filter(|o| o.reason == "BatchFailed" || o.reason == "BatchExpired").count();
+        match self.attempt().unwrap().outcome.as_ref().unwrap().reason.as_str() {
+            "Suspended" => {}
+            "RequestsFailed" => assert!(self.may_retry(), "nobody asked for it any more"),
+            _ => assert!(failed <= usize::try_from(self.case.job.spec.backoff_limit).unwrap()),
+        }
+        assert!(self.to_send() > 0, "there is nothing to send");
     }
 
     /// Nothing that was paid for is lost.
@@ -837,6 +905,12 @@ impl World {
         let counts = end.results.requests.unwrap_or_default();
         assert!(counts.succeeded >= self.earlier(), "results of earlier attempts were lost");
         assert!(!self.case.job.spec.has_own_input() || counts.pending == 0);
+        let attempts = self.case.job.status.iter().flat_map(|s| &s.attempts);
+        if attempts.filter_map(|a| a.outcome.as_ref()).any(|o| o.reason == "RequestsFailed") {
+            // As it would have ended without any retry, or better.
+            let expected = if counts.succeeded > 0 { State::Succeeded } else { State::Failed };
+            assert_eq!(end.state, expected, "a retry made it worse: {}", end.reason);
+        }
         for b in &self.batches {
             assert!(b.batch.is_terminal(), "the job ended as {}, its batch runs", end.reason);
             if b.batch.state == BatchState::Succeeded && b.answered > 0 {
