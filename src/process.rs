@@ -106,6 +106,7 @@ pub async fn start(
         // Renewals that are tried again behind our back for minutes would be worse than none.
         let impatient = receiver::hint::kube_client(kube_config.clone())?;
         let elector = Elector::new(impatient, lease, clock, leads);
+        let stores = Stores::new(store_settings(args, timings.stores))?;
         let ctx = Arc::new(controller::Context::new(
             client.clone(),
             gemini_client(args, clock)?,
@@ -121,7 +122,7 @@ pub async fn start(
             metrics,
             elector.leadership(),
             policy(args, &namespace),
-            Stores::new(store_settings(args))?,
+            stores,
             args.transfers,
             Scratch::new(std::env::temp_dir(), args.temporary_bytes),
         ));
@@ -201,13 +202,13 @@ fn policy(args: &RunArgs, namespace: &str) -> Policy {
     }
 }
 
-fn store_settings(args: &RunArgs) -> store::Settings {
+fn store_settings(args: &RunArgs, timeouts: store::Timeouts) -> store::Settings {
     store::Settings {
         endpoints: args.object_store_endpoints.clone(),
         own_identity: args.own_identity_namespaces(),
         mapped: args.mapped_directories.iter().cloned().collect(),
         mapped_for_output: args.mapped_output_directories.iter().cloned().collect(),
-        timeouts: store::Timeouts::default(),
+        timeouts,
     }
 }
 
