@@ -27,6 +27,7 @@ use crate::callback::keyring;
 use crate::clock::Clock;
 use crate::config::{RotateKeysArgs, RunArgs};
 use crate::controller::identity::new_send_id;
+use crate::controller::join::Scratch;
 use crate::controller::metrics::Metrics;
 use crate::controller::policy::{DefaultCredential, Policy};
 use crate::controller::{Timings, ring, run as controller};
@@ -35,6 +36,7 @@ use crate::lease::{self, Elector};
 use crate::receiver::server::open_files_limit;
 use crate::receiver::tls::Tls;
 use crate::receiver::{self, Receiver, Upstreams};
+use crate::store::{self, Stores};
 
 /// Runs the parts that the role asks for until SIGTERM or SIGINT.
 pub async fn run(args: &RunArgs) -> anyhow::Result<()> {
@@ -104,6 +106,7 @@ pub async fn start(
         // Renewals that are tried again behind our back for minutes would be worse than none.
         let impatient = receiver::hint::kube_client(kube_config.clone())?;
         let elector = Elector::new(impatient, lease, clock, leads);
+        let stores = Stores::new(store_settings(args, timings.stores))?;
         let ctx = Arc::new(controller::Context::new(
             client.clone(),
             gemini_client(args, clock)?,
@@ -119,6 +122,9 @@ pub async fn start(
             metrics,
             elector.leadership(),
             policy(args, &namespace),
+            stores,
+            args.transfers,
+            Scratch::new(std::env::temp_dir(), args.temporary_bytes),
         ));
         let check = Arc::clone(&ctx);
         ready.push(Box::new(move || check.ready()));
@@ -193,6 +199,16 @@ fn policy(args: &RunArgs, namespace: &str) -> Policy {
             name: Some(args.lease_name.clone()),
             ..ObjectReference::default()
         },
+    }
+}
+
+fn store_settings(args: &RunArgs, timeouts: store::Timeouts) -> store::Settings {
+    store::Settings {
+        endpoints: args.object_store_endpoints.clone(),
+        own_identity: args.own_identity_namespaces(),
+        mapped: args.mapped_directories.iter().cloned().collect(),
+        mapped_for_output: args.mapped_output_directories.iter().cloned().collect(),
+        timeouts,
     }
 }
 

@@ -27,6 +27,7 @@ pub(crate) struct Subject {
 
 /// A 200.
 pub(crate) struct Answer {
+    status: StatusCode,
     headers: HeaderMap,
     body: Bytes,
 }
@@ -40,7 +41,7 @@ impl Answer {
     pub(crate) fn bytes(content_type: &'static str, body: Bytes) -> Self {
         let mut headers = HeaderMap::new();
         headers.insert("content-type", HeaderValue::from_static(content_type));
-        Self { headers, body }
+        Self { status: StatusCode::OK, headers, body }
     }
 
     pub(crate) fn header(mut self, name: &'static str, value: &str) -> Self {
@@ -50,8 +51,19 @@ impl Answer {
         self
     }
 
+    /// Of it what `Range: bytes=N-` asks for.
+    fn part(self, headers: &HeaderMap) -> Self {
+        let range = headers.get("range").and_then(|r| r.to_str().ok());
+        let from = range.and_then(|r| r.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
+        let Some(from) = from.filter(|from| *from < self.body.len()) else { return self };
+        let size = self.body.len();
+        let part = Self { status: StatusCode::PARTIAL_CONTENT, body: self.body.slice(from..), ..self };
+        part.header("content-range", &format!("bytes {from}-{}/{size}", size - 1))
+    }
+
     fn into_response(self) -> Response<Body> {
         let mut response = Response::new(Body::from(self.body));
+        *response.status_mut() = self.status;
         *response.headers_mut() = self.headers;
         response
     }
@@ -254,7 +266,11 @@ fn dispatch(
             match op {
                 Op::FileGet => files::get(shared, &caller, name),
                 Op::FileDelete => files::delete(shared, &caller, name),
-                _ => files::download(shared, &caller, name),
+                _ => {
+                    let ranges = shared.lock().switches.download_ranges;
+                    let whole = files::download(shared, &caller, name)?;
+                    Ok(if ranges { whole.part(headers) } else { whole })
+                }
             }
         }
         Op::FileList => files::list(shared, &caller, query),

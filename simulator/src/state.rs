@@ -78,6 +78,8 @@ pub struct Switches {
     pub output_lag_seconds: f64,
     /// Results are gone so many hours after the end, on the clock of the wire.
     pub output_life_hours: f64,
+    /// A part of a result file can be asked for; otherwise all of it comes each time.
+    pub download_ranges: bool,
 }
 
 impl Default for Switches {
@@ -111,6 +113,7 @@ impl Default for Switches {
             list_lag_seconds: 0.0,
             output_lag_seconds: 0.0,
             output_life_hours: 6.0 * 7.0 * 24.0,
+            download_ranges: false,
         }
     }
 }

@@ -12,12 +12,12 @@ mod status;
 pub use reason::Reason;
 pub use spec::{
     ConfigMapKeyRef, Credentials, DeletionPolicy, ErrorCode, GeminiBatchJob, GeminiBatchJobSpec,
-    GeminiFileRef, ImportFrom, Input, InputRequest, LocalRef, Method, Output, ReadinessPolicy, Retention,
-    RetryPolicy, SecretKeyRef, SuccessPolicy, SuspendPolicy,
+    GeminiFileRef, ImportFrom, Input, InputRequest, LocalRef, Method, ObjectStoreInput, ObjectStoreOutput,
+    Output, ReadinessPolicy, Retention, RetryPolicy, SecretKeyRef, SuccessPolicy, SuspendPolicy,
 };
 pub use status::{
     Attempt, Callback, Cancellation, DryRun, GeminiBatchJobStatus, Outcome, OutputStatus, Refusal,
-    RefusedCall, RequestCounts, State, Usage,
+    RefusedCall, RequestCounts, State, StoredObject, StoredOutput, Usage,
 };
 
 /// API group of everything this operator serves.

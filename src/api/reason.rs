@@ -34,6 +34,10 @@ pub enum Reason {
     SubmissionUnconfirmed,
     /// The batch ended, but its result file can't be read yet.
     ResultsNotReadable,
+    /// The input is being read from an object store, or is on its way from there to Gemini.
+    WaitingForTransfer,
+    /// The object store does not answer, or answers with errors that pass.
+    StoreUnavailable,
 
     // --- somebody has to change something; the job goes on by itself then ---
     /// The Secret, or the key inside it, does not exist.
@@ -50,6 +54,10 @@ pub enum Reason {
     InputInvalid,
     /// The input is larger than allowed.
     InputTooLarge,
+    /// The object store refuses the credentials.
+    StoreAccessDenied,
+    /// An administrator has not allowed this endpoint, this directory, or the operator's own identity.
+    StoreNotAllowed,
     /// The output object exists and was not made for this job.
     OutputConflict,
     /// The results do not fit into the output object.
@@ -113,7 +121,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, for documentation and for tests that none is forgotten.
-    pub const ALL: [Self; 49] = [
+    pub const ALL: [Self; 53] = [
         Self::Submitting,
         Self::Submitted,
         Self::WaitingForQuota,
@@ -129,6 +137,8 @@ impl Reason {
         Self::GeminiUnavailable,
         Self::SubmissionUnconfirmed,
         Self::ResultsNotReadable,
+        Self::WaitingForTransfer,
+        Self::StoreUnavailable,
         Self::CredentialsNotFound,
         Self::CredentialsInvalid,
         Self::CredentialsRefused,
@@ -136,6 +146,8 @@ impl Reason {
         Self::InputNotFound,
         Self::InputInvalid,
         Self::InputTooLarge,
+        Self::StoreAccessDenied,
+        Self::StoreNotAllowed,
         Self::OutputConflict,
         Self::OutputTooLarge,
         Self::OutputNotWritable,
@@ -190,6 +202,8 @@ impl Reason {
             Self::GeminiUnavailable => "GeminiUnavailable",
             Self::SubmissionUnconfirmed => "SubmissionUnconfirmed",
             Self::ResultsNotReadable => "ResultsNotReadable",
+            Self::WaitingForTransfer => "WaitingForTransfer",
+            Self::StoreUnavailable => "StoreUnavailable",
             Self::CredentialsNotFound => "CredentialsNotFound",
             Self::CredentialsInvalid => "CredentialsInvalid",
             Self::CredentialsRefused => "CredentialsRefused",
@@ -197,6 +211,8 @@ impl Reason {
             Self::InputNotFound => "InputNotFound",
             Self::InputInvalid => "InputInvalid",
             Self::InputTooLarge => "InputTooLarge",
+            Self::StoreAccessDenied => "StoreAccessDenied",
+            Self::StoreNotAllowed => "StoreNotAllowed",
             Self::OutputConflict => "OutputConflict",
             Self::OutputTooLarge => "OutputTooLarge",
             Self::OutputNotWritable => "OutputNotWritable",

@@ -15,7 +15,7 @@ const OBJECT_NAME: &str =
 ///
 /// - `model`, `method`: the model that answers all requests, and whether it generates content or embeds it
 /// - `credentials`: the Secret with the API key that pays
-/// - `input`: the requests, here, in a ConfigMap or in a file at Gemini
+/// - `input`: the requests, here, in a ConfigMap, in an object store or in a file at Gemini
 /// - `output`: where the results go; without it they stay with Gemini
 /// - `suspend`, `activeDeadlineSeconds`: when to hold it, how long it may take
 /// - `backoffLimit`, `retryPolicy`: whether to try again a batch that failed, or requests that did
@@ -100,6 +100,20 @@ const OBJECT_NAME: &str =
          self.output.configMap.name != self.input.configMap.name"
     )
     .message("spec.output.configMap must not be the ConfigMap that spec.input.configMap reads from"),
+    // Results below a prefix would be read as requests by the next attempt.
+    validation = Rule::new(
+        "!has(self.output) || !has(self.output.objectStore) || !has(self.input) || !has(self.input.objectStore) || \
+         (!has(self.input.objectStore.prefix) || \
+         !(self.output.objectStore.uri + '/').startsWith(self.input.objectStore.prefix)) && \
+         (!has(self.input.objectStore.uri) || \
+         !(self.input.objectStore.uri in [self.output.objectStore.uri, \
+         self.output.objectStore.uri + '/manifest.json', self.output.objectStore.uri + 'manifest.json', \
+         self.output.objectStore.uri + '/reservation.json', self.output.objectStore.uri + 'reservation.json']))"
+    )
+    .message(
+        "spec.output.objectStore.uri must be a place where spec.input.objectStore does not read: neither its object, nor \
+         anything below its prefix"
+    ),
     validation = Rule::new("has(self.input) != has(self.importFrom)").message(
         "spec needs exactly one of input (requests to send) and importFrom (a batch that exists at Gemini already)"
     ),
@@ -152,7 +166,7 @@ pub struct GeminiBatchJobSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credentials: Option<Credentials>,
 
-    /// The requests: exactly one of `requests`, `configMap` and `geminiFile`. Can't be changed once the
+    /// The requests: exactly one of `requests`, `configMap`, `objectStore` and `geminiFile`. Can't be changed once the
     /// submission has begun.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub input: Option<Input>,
@@ -264,6 +278,12 @@ impl GeminiBatchJobSpec {
     #[must_use]
     pub fn gemini_file(&self) -> Option<&GeminiFileRef> {
         self.input.as_ref()?.gemini_file.as_ref()
+    }
+
+    /// The objects that the input lies in, if it does.
+    #[must_use]
+    pub fn stored_input(&self) -> Option<&ObjectStoreInput> {
+        self.input.as_ref()?.object_store.as_ref()
     }
 
     /// Whether the operator uploads the input, so that the file is its own to delete, and the keys are known.
@@ -521,9 +541,10 @@ fn default_secret_key() -> String {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(
     validation = Rule::new(
-        "(has(self.requests) ? 1 : 0) + (has(self.configMap) ? 1 : 0) + (has(self.geminiFile) ? 1 : 0) == 1"
+        "(has(self.requests) ? 1 : 0) + (has(self.configMap) ? 1 : 0) + (has(self.objectStore) ? 1 : 0) + \
+         (has(self.geminiFile) ? 1 : 0) == 1"
     )
-    .message("spec.input needs exactly one of requests, configMap and geminiFile")
+    .message("spec.input needs exactly one of requests, configMap, objectStore and geminiFile")
 )]
 pub struct Input {
     /// The requests themselves, for small jobs. Keys must be unique: they join each result with its
@@ -540,6 +561,11 @@ pub struct Input {
     /// unique `key` and a `request` (a `GenerateContentRequest`, or an `EmbedContentRequest` if `method` says so).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config_map: Option<ConfigMapKeyRef>,
+
+    /// One or several objects of an object store that hold JSON Lines, as a ConfigMap would: for inputs of any size up to
+    /// Gemini's limit of 2 GB. They are read as a stream, and what was checked is what is sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object_store: Option<ObjectStoreInput>,
 
     /// A JSON Lines file that somebody else uploaded to Gemini with the same API key. Its keys are not
     /// known to the operator, so its results are counted and stored as they come, not joined, and the
@@ -593,6 +619,56 @@ pub struct ConfigMapKeyRef {
     pub key: String,
 }
 
+/// Objects of an object store.
+#[derive(Serialize, Deserialize, KubeSchema, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[x_kube(
+    validation = Rule::new("has(self.uri) != has(self.prefix)")
+        .message("spec.input.objectStore needs exactly one of uri (one object) and prefix (all objects below it)")
+)]
+pub struct ObjectStoreInput {
+    /// One object: `s3://BUCKET/KEY`, `gs://BUCKET/KEY`, `az://ACCOUNT/CONTAINER/KEY`, or `file://NAME/PATH` in a
+    /// directory that an administrator mapped to NAME. Nothing in it is decoded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 8, max = 1280))]
+    #[x_kube(
+        validation = Rule::new("self.matches('^(s3|gs|az|file)://[^/]+/.+$') && !self.endsWith('/')").message(
+            "must be like s3://BUCKET/KEY, gs://BUCKET/KEY, az://ACCOUNT/CONTAINER/KEY or file://NAME/PATH"
+        )
+    )]
+    pub uri: Option<String>,
+
+    /// Several objects: all whose names begin with it, in the order of their names. Like `uri`, but it ends with a `/`.
+    /// Empty objects are left out. At most 10,000.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 7, max = 1280))]
+    #[x_kube(
+        validation = Rule::new("self.matches('^(s3|gs|az|file)://[^/]+/.*$') && self.endsWith('/')").message(
+            "must be like s3://BUCKET/PATH/, gs://BUCKET/PATH/, az://ACCOUNT/CONTAINER/PATH/ or file://NAME/PATH/, \
+             with a / at its end"
+        )
+    )]
+    pub prefix: Option<String>,
+
+    /// A Secret in the job's namespace with credentials for the store. For `s3://` the keys `accessKeyId`,
+    /// `secretAccessKey` and perhaps `sessionToken`; for `gs://` `serviceAccountKey`; for `az://` `accountKey`, `sasToken`,
+    /// or `tenantId`, `clientId` and `clientSecret`. Without it the operator's own identity is used, in namespaces where
+    /// an administrator allows that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credentials_ref: Option<LocalRef>,
+
+    /// URL of another store that speaks the same protocol, for example <https://minio.example.com>. An administrator has
+    /// to allow it. Needs `credentialsRef`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 8, max = 512))]
+    pub endpoint: Option<String>,
+
+    /// Region of the bucket, for `s3://`. Default: `us-east-1`, or what the operator's own identity is set up with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub region: Option<String>,
+}
+
 /// A file that exists at Gemini.
 #[derive(Serialize, Deserialize, KubeSchema, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -610,8 +686,13 @@ pub struct GeminiFileRef {
 #[derive(Serialize, Deserialize, KubeSchema, Clone, Debug, PartialEq, Eq)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(
-    validation = Rule::new("has(self.configMap)")
-        .message("spec.output needs a destination: set configMap, or leave spec.output out to keep the results with Gemini")
+    validation = Rule::new("has(self.configMap) != has(self.objectStore)").message(
+        "spec.output needs exactly one of configMap and objectStore; leave spec.output out to keep the results with Gemini"
+    ),
+    validation = Rule::new("!has(self.objectStore) || !has(self.retention) || self.retention == 'Retain'").message(
+        "spec.output.retention Delete is for configMap only: objects outlive their job. Let a lifecycle rule of the bucket \
+         delete them"
+    )
 )]
 pub struct Output {
     /// A ConfigMap in the job's namespace that the operator creates for the results, for jobs whose
@@ -621,10 +702,49 @@ pub struct Output {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config_map: Option<LocalRef>,
 
+    /// A place in an object store, for results of any size. `manifest.json` appears there last, and names the objects
+    /// that hold the results: `results.jsonl` in input order and, if there are such lines, `errors.jsonl`,
+    /// `missing.jsonl` and `unmatched.jsonl`. A place that holds another job's results is never written to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object_store: Option<ObjectStoreOutput>,
+
     /// What becomes of the results when the job is deleted: `Retain` keeps them, `Delete` has Kubernetes delete
-    /// them with the job. May be changed until the results are stored. Default: `Retain`.
+    /// them with the job, for `configMap` only. May be changed until the results are stored. Default: `Retain`.
     #[serde(default, skip_serializing_if = "is_default")]
     pub retention: Retention,
+}
+
+/// A place for results in an object store.
+#[derive(Serialize, Deserialize, KubeSchema, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ObjectStoreOutput {
+    /// Below which everything is written: `s3://BUCKET/PATH`, `gs://BUCKET/PATH`, `az://ACCOUNT/CONTAINER/PATH`, or
+    /// `file://NAME/PATH` in a directory that an administrator mapped to NAME for results. One for each job. A / at
+    /// its end makes no difference. Nothing in it is decoded.
+    #[schemars(length(min = 6, max = 1024))]
+    #[x_kube(
+        validation = Rule::new("self.matches('^(s3|gs|az|file)://[^/]+(/.*)?$')").message(
+            "must be like s3://BUCKET/PATH, gs://BUCKET/PATH, az://ACCOUNT/CONTAINER/PATH or file://NAME/PATH"
+        )
+    )]
+    pub uri: String,
+
+    /// A Secret in the job's namespace with credentials for the store, with the same keys as for
+    /// `spec.input.objectStore.credentialsRef`. They have to be allowed to read and write objects there. Without it the
+    /// operator's own identity is used, in namespaces where an administrator allows that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credentials_ref: Option<LocalRef>,
+
+    /// URL of another store that speaks the same protocol, for example <https://minio.example.com>. An administrator has
+    /// to allow it. Needs `credentialsRef`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 8, max = 512))]
+    pub endpoint: Option<String>,
+
+    /// Region of the bucket, for `s3://`. Default: `us-east-1`, or what the operator's own identity is set up with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub region: Option<String>,
 }
 
 /// What becomes of the results when the job is deleted.

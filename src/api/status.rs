@@ -332,6 +332,38 @@ pub struct OutputStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 253))]
     pub config_map: Option<String>,
+    /// The objects that hold the results.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object_store: Option<StoredOutput>,
+}
+
+/// Results in an object store.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct StoredOutput {
+    /// URI of the manifest, which is published last.
+    #[schemars(length(max = 1280))]
+    pub manifest: String,
+    /// The objects, whose names are relative to the place of the manifest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8))]
+    pub objects: Vec<StoredObject>,
+}
+
+/// An object that holds results.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct StoredObject {
+    /// Its name, relative to the place of the manifest.
+    #[schemars(length(max = 128))]
+    pub name: String,
+    /// Its size in bytes.
+    pub bytes: i64,
+    /// How many lines it has.
+    pub lines: i64,
+    /// SHA-256 of its content, in hexadecimal.
+    #[schemars(length(max = 64))]
+    pub sha256: String,
 }
 
 /// A verified callback.

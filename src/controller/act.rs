@@ -2,17 +2,20 @@
 //!
 //! Errors of the API server are returned; whatever Gemini answers is an outcome.
 
-use bytes::Bytes;
-use futures::StreamExt as _;
+use std::sync::Arc;
+
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::api::{DeleteParams, Preconditions};
 use kube::{Api, ResourceExt as _};
 use rand::RngExt as _;
 
-use super::collect::{Collected, Collector, Keys, Lines};
+use super::collect::{Collected, Kept, Lines};
 use super::decide::{self, Action};
-use super::input::Input;
+use super::destination::{Destination, Placed};
+use super::gather::{Halt, Order, aside, no_room};
+use super::input::{Carried, Input};
+use super::join::What;
 use super::memory::{
     Absent, KeyRefused, Memory, NamespaceSeen, OutputObject, Probe, Refused, Remote, Search, Send, Stage,
     Tries, Trouble, after,
@@ -20,13 +23,17 @@ use super::memory::{
 use super::metrics::ByOutcome;
 use super::observe;
 use super::output::{self, Done};
+use super::output_store::{self, Delivery};
 use super::retry::Judge;
 use super::run::Context;
-use super::{Credential, Problem, earlier, ending, identity};
-use crate::api::{Attempt, GeminiBatchJob, Method, Reason, Refusal, RefusedCall};
+use super::stored::{self, Failure, Stored, Unsent};
+use super::transfers::Waited;
+use super::{Credential, Problem, ending, identity};
+use crate::api::{
+    Attempt, GeminiBatchJob, Method, ObjectStoreOutput, Reason, Refusal, RefusedCall, StoredOutput,
+};
 use crate::callback::keyring::KeyRing;
 use crate::callback::token::{JobRef, Token, callback_url};
-use crate::gemini::results::{self, ResultLine};
 use crate::gemini::{self, Batch, BatchName, FileName, ModelName, NewBatch, Upload};
 use crate::{broken, crash};
 
@@ -37,18 +44,21 @@ pub(super) const PAGE_SIZE: u32 = 100;
 /// Google's clock may differ from ours: a listing goes on until batches are so much older than the intent.
 pub(super) const CLOCK_SKEW: SignedDuration = SignedDuration::from_hours(1);
 
+/// So often results are tried to be stored before they give their room in the temporary directory to others.
+const HELD_TRIES: u32 = 3;
+
 /// What a step works with.
 pub struct Step<'a> {
     /// The controller.
-    pub ctx: &'a Context,
+    pub ctx: &'a Arc<Context>,
     /// The job.
     pub job: &'a GeminiBatchJob,
     /// Signs the callback URL.
     pub ring: &'a KeyRing,
     /// The API key, if there is one.
-    pub credential: Option<&'a Credential>,
+    pub credential: Option<&'a Arc<Credential>>,
     /// The input, if it was needed.
-    pub input: Option<&'a Input>,
+    pub input: Option<&'a Carried>,
 }
 
 /// `first`, doubled with each failure, at most `longest`, with up to a quarter of jitter on top.
@@ -92,6 +102,20 @@ pub(super) fn trouble_of(
     }
 }
 
+/// Something else that fails for now: tried again with growing pauses.
+pub(super) fn passing(ctx: &Context, before: Option<&Trouble>, problem: Problem) -> Trouble {
+    let failures = before.map_or(0, |t| t.failures).saturating_add(1);
+    let timings = &ctx.timings;
+    // What somebody has to repair is looked at again soon after they may have.
+    let longest = if problem.reason == Reason::StoreUnavailable {
+        timings.trouble_longest
+    } else {
+        timings.recheck * 3 / 4
+    };
+    let pause = backoff(timings.trouble_first, longest, failures);
+    Trouble { failures, next: after(ctx.clock.now(), pause), problem }
+}
+
 /// Whether the job may be shown the batch. The operator's own key sees the batches of all its namespaces, and whoever
 /// may write a job's status could name somebody else's there: with it only batches that bear the job's own UID count.
 #[must_use]
@@ -128,19 +152,29 @@ impl Step<'_> {
     pub async fn take(&self, action: &Action, memory: &mut Memory) -> Result<(), kube::Error> {
         let now = || self.ctx.clock.now();
         match action {
-            Action::ReserveOutput { name } => {
-                let done = output::reserve(&self.ctx.client, self.job, name).await?;
-                memory.cleanup.output_released = false;
-                memory.output = self.output_object(done, name, OutputObject::Reserved { name: name.clone() });
-            }
+            Action::ReserveOutput { name } => self.reserve(name, memory).await?,
             Action::ReleaseOutput { name } => {
-                output::release(&self.ctx.client, self.job, name).await?;
+                match name {
+                    Destination::ConfigMap(name) => {
+                        output::release(&self.ctx.client, self.job, name).await?;
+                    }
+                    Destination::Store(at) => match output_store::release(self.ctx, self.job, at).await? {
+                        output_store::Done::Yes(()) => {}
+                        output_store::Done::Blocked(problem) | output_store::Done::Passing(problem) => {
+                            of_job!(self, info, problem = problem.message, "the reservation stays");
+                        }
+                    },
+                }
                 memory.output = OutputObject::Unknown;
                 memory.cleanup.output_released = true;
             }
             Action::StoreResults { name } => self.store(name, memory).await?,
             Action::FindInputFile { file } => self.find_input_file(file, memory).await,
-            Action::UploadInput { file } => self.upload(file, memory).await,
+            Action::UploadInput { file } => match self.input {
+                Some(Carried::Whole(input)) => self.upload(file, input, memory).await,
+                Some(Carried::Stored(stored)) => self.upload_stored(file, stored, memory).await?,
+                None => {}
+            },
             Action::CreateBatch { attempt } => self.create(attempt, memory).await,
             Action::FindBatch { attempt } => match self.list_for(attempt).await {
                 Ok(found) => {
@@ -222,8 +256,8 @@ impl Step<'_> {
         memory.trouble = None;
     }
 
-    async fn upload(&self, file: &str, memory: &mut Memory) {
-        let (Some(attempt), Some(input)) = (decide::current_attempt(self.job), self.input) else { return };
+    async fn upload(&self, file: &str, input: &Input, memory: &mut Memory) {
+        let Some(attempt) = decide::current_attempt(self.job) else { return };
         let Some((key, name)) = self.key_and_file(file) else { return };
         let upload = Upload {
             name: &name,
@@ -231,13 +265,25 @@ impl Step<'_> {
             mime_type: "application/jsonl",
             size: input.bytes.len() as u64,
         };
-        match self.ctx.gemini.upload(key, upload, std::io::Cursor::new(input.bytes.clone())).await {
+        let done = self.ctx.gemini.upload(key, upload, std::io::Cursor::new(input.bytes.clone())).await;
+        self.uploaded(done, attempt, &input.sha256, memory).await;
+    }
+
+    async fn uploaded(
+        &self,
+        done: Result<gemini::File, gemini::Error>,
+        attempt: &Attempt,
+        sha256: &str,
+        memory: &mut Memory,
+    ) {
+        let Some((key, name)) = self.key_and_file(&attempt.input_file) else { return };
+        match done {
             Ok(there) => {
                 memory.trouble = None;
                 set_stage(memory, attempt, Stage::Uploaded { file: there.name.to_string() });
             }
             // The answer to the last chunk may have been lost: the file is there, whole, under our name.
-            Err(e) if !e.is_refusal() && self.is_there(key, &name, input).await => {
+            Err(e) if !e.is_refusal() && self.is_there(key, &name, sha256).await => {
                 memory.trouble = None;
                 set_stage(memory, attempt, Stage::Uploaded { file: name.to_string() });
             }
@@ -247,12 +293,60 @@ impl Step<'_> {
         }
     }
 
-    async fn is_there(&self, key: &gemini::ApiKey, name: &FileName, input: &Input) -> bool {
+    async fn is_there(&self, key: &gemini::ApiKey, name: &FileName, sha256: &str) -> bool {
         self.ctx
             .gemini
             .get_file(key, name)
             .await
-            .is_ok_and(|f| f.is_active() && f.sha256_hex.as_deref() == Some(input.sha256.as_str()))
+            .is_ok_and(|f| f.is_active() && f.sha256_hex.as_deref() == Some(sha256))
+    }
+
+    /// The same for an input that lies in an object store: all but its last chunk is sent beside the passes.
+    async fn upload_stored(
+        &self,
+        file: &str,
+        stored: &Arc<Stored>,
+        memory: &mut Memory,
+    ) -> Result<(), kube::Error> {
+        let Some(attempt) = decide::current_attempt(self.job) else { return Ok(()) };
+        let (Some(key), Ok(name)) = (self.credential, FileName::parse(file)) else { return Ok(()) };
+        let name = stored::Name { file: name, display: attempt.display_name.clone() };
+        let session = memory.upload.take().filter(|(send, _)| *send == attempt.send_id).map(|(_, s)| s);
+        let prepared = stored::prepare(self.ctx, self.job, stored, key, name, session.clone()).await;
+        let keep = |session: Option<gemini::Session>| session.map(|s| (attempt.send_id.clone(), s));
+        match prepared {
+            Err(waits) => {
+                memory.upload = keep(session);
+                memory.transfer = Some(waits);
+            }
+            Ok(Ok(stored::Prepared { session, offset, last })) => {
+                crash::at("upload", "finishing");
+                let done = self.ctx.gemini.finish_upload(&session, offset, &last).await;
+                if done.as_ref().is_err_and(|e| !e.is_refusal()) {
+                    memory.upload = keep(Some(session));
+                }
+                self.uploaded(done, attempt, &stored.facts.sha256, memory).await;
+            }
+            Ok(Err(Unsent::Gemini { error, session })) => {
+                memory.upload = keep(session.filter(|_| !error.is_refusal()));
+                self.uploaded(Err(error), attempt, &stored.facts.sha256, memory).await;
+            }
+            Ok(Err(Unsent::Store { failure: Failure::Passing(problem), session })) => {
+                memory.upload = keep(session);
+                of_job!(self, warn, problem = problem.message, "the input can't be sent");
+                memory.trouble = Some(passing(self.ctx, memory.trouble.as_ref(), problem));
+            }
+            Ok(Err(Unsent::Store { failure: Failure::Kubernetes(e), session })) => {
+                memory.upload = keep(session);
+                return Err(e);
+            }
+            // Looked at anew: what is wrong with it is found out there.
+            Ok(Err(Unsent::Store { failure: Failure::Changed | Failure::Problem { .. }, .. })) => {
+                of_job!(self, info, "the input is not what was checked: it is read again");
+                memory.stored = None;
+            }
+        }
+        Ok(())
     }
 
     /// Asks for the batch, once. Whatever is not a clean refusal or a readable answer is an unknown outcome.
@@ -509,90 +603,101 @@ impl Step<'_> {
         batch: Option<&Batch>,
         memory: &mut Memory,
     ) -> Result<(), kube::Error> {
+        let Some(key) = self.credential else { return Ok(()) };
         let Some(attempt) = decide::current_attempt(self.job) else { return Ok(()) };
-        let limit = decide::output_name(self.job).map(|_| output::MAX_LINES_BYTES);
         let judge = Judge::of(self.job).and(attempt.number, ending::cut_short(attempt, batch));
-        let new = |keys| Collector::new(keys, limit, attempt.number, judge.clone());
-        let mut collector = new(self.keys(attempt).await?);
-        let Some(key) = self.credential.map(|c| &c.key) else { return Ok(()) };
-        let read = earlier::lines(self.ctx, self.job, key, |raw, line, of| collector.earlier(raw, line, of));
-        match read.await {
-            Ok(()) => {}
-            Err(earlier::Error::Kubernetes(e)) => return Err(e),
-            Err(earlier::Error::Gemini(e)) if e.is_absent() => {
-                let absent = self.absent(memory.unreadable.as_ref());
-                let late = after(absent.tries.since, self.ctx.timings.result_late) <= self.ctx.clock.now();
-                memory.trouble = None;
-                memory.unreadable = Some(absent);
-                if !(late && self.is_own_key()) {
-                    return Ok(());
+        loop {
+            let order = Order {
+                ctx: Arc::clone(self.ctx),
+                job: self.job.clone(),
+                key: Arc::clone(key),
+                name: name.clone(),
+                batch: batch.cloned(),
+                judge: judge.clone(),
+                without_earlier: memory.without_earlier,
+            };
+            let Some(gathered) = self.gather(order, memory).await else { return Ok(()) };
+            match gathered {
+                Ok(collected) => {
+                    memory.trouble = None;
+                    memory.unreadable = None;
+                    memory.collected = Some(collected);
                 }
-                // They are gone; those of this attempt are not.
-                collector = new(self.keys(attempt).await?);
-                collector.without_earlier();
+                Err(Halt::Kubernetes(e)) => return Err(e),
+                Err(Halt::EarlierAbsent) => {
+                    let absent = self.absent(memory.unreadable.as_ref());
+                    let late =
+                        after(absent.tries.since, self.ctx.timings.result_late) <= self.ctx.clock.now();
+                    memory.trouble = None;
+                    memory.unreadable = Some(absent);
+                    if late && self.is_own_key() && !memory.without_earlier {
+                        // They are gone; those of this attempt are not.
+                        memory.without_earlier = true;
+                        continue;
+                    }
+                }
+                Err(Halt::Absent) => {
+                    memory.trouble = None;
+                    memory.unreadable = Some(self.absent(memory.unreadable.as_ref()));
+                }
+                Err(Halt::Gemini { what, error }) => self.trouble(memory, what, &error),
+                Err(Halt::Passing(problem)) => self.passes(memory, problem),
             }
-            Err(earlier::Error::Gemini(e)) => {
-                self.trouble(memory, "reading the results of an earlier attempt", &e);
-                return Ok(());
-            }
+            return Ok(());
         }
-        match self.read_results(name, batch, collector).await {
-            Ok(collected) => {
-                memory.trouble = None;
-                memory.unreadable = None;
-                memory.collected = Some(collected);
-            }
-            Err(e) if e.is_absent() => {
-                memory.trouble = None;
-                memory.unreadable = Some(self.absent(memory.unreadable.as_ref()));
-            }
-            Err(e) => self.trouble(memory, "reading the results", &e),
+    }
+
+    /// Reads and joins: beside the passes, if that may take long. `None`: it is under way, and the job will be woken.
+    async fn gather(&self, order: Order, memory: &mut Memory) -> Option<Result<Collected, Halt>> {
+        let spec = &self.job.spec;
+        let is_large = spec.stored_input().is_some() || !spec.has_own_input() || self.to_a_store();
+        if !is_large {
+            return Some(aside(order.gather()).await);
         }
+        let what = format!("collect {} {}", order.name, order.without_earlier);
+        let work = || aside(order.gather());
+        let owner = stored::owner(self.job);
+        let waited = self.ctx.transfers.run(&owner, &what, stored::woken(self.ctx, self.job), work);
+        memory.transfer = Some(match waited.await {
+            Waited::Done(gathered) => return Some(gathered),
+            Waited::Running => stored::waiting("the results are being read and joined with their requests"),
+            Waited::Queued => stored::queued(self.ctx, "the results wait"),
+        });
+        None
+    }
+
+    fn to_a_store(&self) -> bool {
+        matches!(Destination::of(self.job), Some(Destination::Store(_)))
+    }
+
+    async fn reserve(&self, name: &Destination, memory: &mut Memory) -> Result<(), kube::Error> {
+        memory.cleanup.output_released = false;
+        let reserved = OutputObject::Reserved { name: name.clone() };
+        memory.output = match name {
+            Destination::ConfigMap(map) => match output::reserve(&self.ctx.client, self.job, map).await? {
+                Done::Yes => reserved,
+                Done::Blocked(problem) => self.blocked(name, problem),
+            },
+            Destination::Store(at) => match output_store::reserve(self.ctx, self.job, at).await? {
+                output_store::Done::Yes(()) => {
+                    memory.trouble = None;
+                    reserved
+                }
+                output_store::Done::Blocked(problem) => self.blocked(name, problem),
+                output_store::Done::Passing(problem) => {
+                    let problem = self.with_time_left(&problem, memory);
+                    self.passes(memory, problem);
+                    OutputObject::Unknown
+                }
+            },
+        };
         Ok(())
     }
 
-    async fn read_results(
-        &self,
-        name: &BatchName,
-        batch: Option<&Batch>,
-        mut collector: Collector,
-    ) -> Result<Collected, gemini::Error> {
-        let Some(key) = self.credential.map(|c| &c.key) else { return Err(gemini::Error::no_key()) };
-        let inlined = batch.filter(|b| b.output_file.is_none()).and_then(|b| b.inlined.clone());
-        let file = batch.map_or_else(|| name.derived_output_file(), Batch::output_file_or_derived);
-        let (stream, file) = match inlined {
-            // A small job may be answered with its results instead of a file.
-            Some(lines) => (futures::stream::iter([Ok(Bytes::from(lines))]).boxed(), None),
-            None => (self.ctx.gemini.download(key, &file).await?.stream, Some(file)),
-        };
-        let mut lines = results::Lines::new(stream);
-        while let Some(line) = lines.next().await? {
-            collector.bytes(line.with_break());
-            match line.text().map(|text| (text, ResultLine::parse(text))) {
-                Some((text, Ok(parsed))) => collector.line(text, &parsed),
-                Some((text, Err(_))) if text.trim().is_empty() => {}
-                _ => collector.malformed(line.content()),
-            }
-        }
-        Ok(collector.finish(file.map(|f| f.to_string())))
-    }
-
-    /// The keys that were sent, if the input still is what was recorded.
-    async fn keys(&self, attempt: &Attempt) -> Result<Keys, kube::Error> {
-        // The first attempt carried all requests.
-        let first = self.job.status.iter().flat_map(|s| &s.attempts).find(|a| a.number == 1);
-        let Some(recorded) = &first.unwrap_or(attempt).input_sha256 else { return Ok(Keys::Unknown) };
-        let input = observe::input(&self.ctx.client, self.job, self.ctx.max_input_bytes).await?;
-        Ok(match input {
-            Ok(input) if input.sha256 == *recorded => Keys::Known(input.keys),
-            _ => Keys::Changed,
-        })
-    }
-
-    async fn store(&self, name: &str, memory: &mut Memory) -> Result<(), kube::Error> {
+    async fn store(&self, name: &Destination, memory: &mut Memory) -> Result<(), kube::Error> {
         let Some(attempt) = decide::current_attempt(self.job) else { return Ok(()) };
-        let Some(Lines::Kept(kept)) = memory.collected.as_ref().map(|c| &c.lines) else { return Ok(()) };
         let Some(collected) = &memory.collected else { return Ok(()) };
+        let Lines::Kept(kept) = &collected.lines else { return Ok(()) };
         let batch = match &memory.remote {
             Some(Remote::Seen(batch)) => Some(&**batch),
             _ => None,
@@ -600,8 +705,33 @@ impl Step<'_> {
         let counts =
             ending::results(self.job, attempt, batch, Some(collected), None).requests.unwrap_or_default();
         let manifest = output::manifest(self.job, collected, counts);
-        let done = output::store(&self.ctx.client, self.job, name, kept, &manifest).await?;
-        memory.output = self.output_object(done, name, OutputObject::Stored { name: name.to_owned() });
+        let done = match name {
+            Destination::ConfigMap(map) => {
+                let text = match text(kept) {
+                    Ok(text) => text,
+                    Err(e) => {
+                        self.passes(memory, no_room(&e));
+                        return Ok(());
+                    }
+                };
+                let done = output::store(&self.ctx.client, self.job, map, &text, &manifest).await?;
+                match done {
+                    Done::Yes => Ok(Placed::ConfigMap(map.clone())),
+                    Done::Blocked(problem) => Err(problem),
+                }
+            }
+            Destination::Store(at) => {
+                let kept = kept.clone();
+                let Some(done) = self.deliver(at, attempt.number, kept, manifest, memory).await? else {
+                    return Ok(());
+                };
+                done.map(Placed::Store)
+            }
+        };
+        memory.output = match done {
+            Ok(placed) => OutputObject::Stored { name: name.clone(), placed },
+            Err(problem) => self.blocked(name, problem),
+        };
         // Stored, or to be read again when it can be stored: no reason to hold them.
         if let Some(collected) = &mut memory.collected {
             collected.lines = Lines::Dropped;
@@ -609,20 +739,70 @@ impl Step<'_> {
         Ok(())
     }
 
-    fn output_object(&self, done: Done, name: &str, good: OutputObject) -> OutputObject {
-        match done {
-            Done::Yes => good,
-            Done::Blocked(problem) => {
-                tracing::debug!(name, %problem.reason, "output object not usable");
-                let pause = SignedDuration::from_millis(
-                    i64::try_from(self.ctx.timings.recheck.as_millis() * 3 / 4).unwrap_or(i64::MAX),
-                );
-                OutputObject::Blocked {
-                    problem,
-                    generation: self.job.metadata.generation.unwrap_or(0),
-                    retry: Some(after(self.ctx.clock.now(), pause)),
+    /// Writes to an object store, beside the passes. `None`: that is under way, or tried again.
+    async fn deliver(
+        &self,
+        at: &ObjectStoreOutput,
+        attempt: i32,
+        kept: Kept,
+        manifest: serde_json::Value,
+        memory: &mut Memory,
+    ) -> Result<Option<Result<StoredOutput, Problem>>, kube::Error> {
+        let (ctx, job) = (Arc::clone(self.ctx), self.job.clone());
+        let delivery = Delivery { ctx, job, at: at.clone(), attempt, kept, manifest };
+        let what = format!("deliver {attempt} {}", serde_json::json!(at));
+        let (owner, woken) = (stored::owner(self.job), stored::woken(self.ctx, self.job));
+        let waited = self.ctx.transfers.run(&owner, &what, woken, || aside(delivery.deliver()));
+        match waited.await {
+            Waited::Done(done) => match done? {
+                output_store::Done::Yes(stored) => {
+                    memory.trouble = None;
+                    return Ok(Some(Ok(stored)));
                 }
+                output_store::Done::Blocked(problem) => return Ok(Some(Err(problem))),
+                output_store::Done::Passing(problem) => {
+                    let problem = self.with_time_left(&problem, memory);
+                    self.passes(memory, problem);
+                    // Others need the room as well. The place is looked at first then, before all is read again.
+                    if memory.trouble.as_ref().is_some_and(|t| t.failures >= HELD_TRIES) {
+                        memory.output = OutputObject::Unknown;
+                        if let Some(collected) = &mut memory.collected {
+                            collected.lines = Lines::Dropped;
+                        }
+                    }
+                }
+            },
+            Waited::Running => {
+                memory.transfer =
+                    Some(stored::waiting(format!("the results are on their way to {}", at.uri)));
             }
+            Waited::Queued => memory.transfer = Some(stored::queued(self.ctx, "the results wait")),
+        }
+        Ok(None)
+    }
+
+    fn with_time_left(&self, problem: &Problem, memory: &Memory) -> Problem {
+        match &memory.remote {
+            Some(Remote::Seen(batch)) if batch.is_terminal() => ending::kept_at_gemini(problem, Some(batch)),
+            _ => problem.clone(),
+        }
+    }
+
+    /// Something other than Gemini fails for now: tried again with growing pauses.
+    fn passes(&self, memory: &mut Memory, problem: Problem) {
+        of_job!(self, warn, problem = problem.message, "it is tried again");
+        memory.trouble = Some(passing(self.ctx, memory.trouble.as_ref(), problem));
+    }
+
+    fn blocked(&self, name: &Destination, problem: Problem) -> OutputObject {
+        tracing::debug!(%name, %problem.reason, "output object not usable");
+        let pause = SignedDuration::from_millis(
+            i64::try_from(self.ctx.timings.recheck.as_millis() * 3 / 4).unwrap_or(i64::MAX),
+        );
+        OutputObject::Blocked {
+            problem,
+            generation: self.job.metadata.generation.unwrap_or(0),
+            retry: Some(after(self.ctx.clock.now(), pause)),
         }
     }
 
@@ -827,6 +1007,15 @@ impl Step<'_> {
             None => self.trouble(memory, what, error),
         }
     }
+}
+
+/// Lines for a `ConfigMap`.
+fn text(kept: &Kept) -> std::io::Result<output::Text> {
+    Ok(output::Text {
+        results: kept.text(What::Results)?,
+        missing: kept.text(What::Missing)?,
+        unmatched: kept.text(What::Unmatched)?,
+    })
 }
 
 fn set_stage(memory: &mut Memory, attempt: &Attempt, stage: Stage) {

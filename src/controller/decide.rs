@@ -14,6 +14,7 @@ mod submission;
 
 use jiff::Timestamp;
 
+use super::destination::Destination;
 use super::ending::End;
 use super::memory::{Memory, Refused, Stage, Trouble, after};
 use super::{InputFacts, Problem, Timings};
@@ -148,13 +149,13 @@ pub enum Wake {
 pub enum Action {
     /// Create the output object, or see that it is ours.
     ReserveOutput {
-        /// Name of the ConfigMap.
-        name: String,
+        /// Where the results shall go.
+        name: Destination,
     },
     /// Delete the reserved output object if it is still empty.
     ReleaseOutput {
-        /// Name of the ConfigMap.
-        name: String,
+        /// Where they were to go.
+        name: Destination,
     },
     /// After a restart: see whether the upload of the input file was completed.
     FindInputFile {
@@ -204,8 +205,8 @@ pub enum Action {
     },
     /// Write the results into the output object.
     StoreResults {
-        /// Name of the ConfigMap.
-        name: String,
+        /// Where they shall go.
+        name: Destination,
     },
     /// Cancel the batch.
     CancelBatch {
@@ -396,6 +397,12 @@ fn next(o: &Observed<'_>, now: Timestamp) -> Decision {
         }
         return in_trouble(o, trouble, now);
     }
+    if let Some(transfer) = &o.memory.transfer {
+        return lifecycle::despite_trouble(o, now).unwrap_or_else(|| Decision::Wait {
+            say: Some(Box::new(waiting(transfer, false))),
+            wake: Wake::OnChange, // it is woken
+        });
+    }
     match current_attempt(o.job) {
         None => submission::before_submission(o, now),
         Some(a) if a.outcome.is_some() => lifecycle::next_attempt(o, a, now),
@@ -431,7 +438,7 @@ fn stalled(problem: &Problem) -> Decision {
 /// A call fails for now. The first failure is not worth a write; a lasting one is said, and one after which
 /// Gemini asks for a long wait.
 fn in_trouble(o: &Observed<'_>, trouble: &Trouble, now: Timestamp) -> Decision {
-    let stalled = trouble.problem.reason == Reason::CredentialsRefused;
+    let stalled = !matches!(trouble.problem.reason, Reason::GeminiUnavailable | Reason::StoreUnavailable);
     let long = trouble.next > after(now, o.timings.trouble_longest);
     let say = (trouble.failures >= 2 || long).then(|| Box::new(waiting(&trouble.problem, stalled)));
     Decision::Wait { say, wake: Wake::At(trouble.next) }
@@ -469,12 +476,6 @@ pub fn is_finished(job: &GeminiBatchJob) -> bool {
 #[must_use]
 pub fn has_finalizer(job: &GeminiBatchJob) -> bool {
     job.metadata.finalizers.iter().flatten().any(|f| f == FINALIZER)
-}
-
-/// The ConfigMap that the results shall go to.
-#[must_use]
-pub fn output_name(job: &GeminiBatchJob) -> Option<&str> {
-    job.spec.output.as_ref()?.config_map.as_ref().map(|c| c.name.as_str())
 }
 
 /// A callback that was not acted on yet.

@@ -4,20 +4,23 @@
 //! The output object is asked first: what is in it does not expire. Without one the result files at Gemini are read
 //! again.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::collections::HashSet;
+use std::io;
 
 use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{Api, ResourceExt as _};
 
-use super::Problem;
 use super::act::may_see;
+use super::destination::Destination;
+use super::gather::ResultFile;
 use super::input::Input;
-use super::output;
-use super::retry::{self, Judge, Standing};
+use super::join::{Join, Keep, Limits};
+use super::retry::{self, Judge};
 use super::run::Context;
-use crate::api::{Attempt, GeminiBatchJob, Reason};
+use super::stored::Failure;
+use super::{Problem, decide, output, output_store};
+use crate::api::{Attempt, GeminiBatchJob, ObjectStoreOutput, Reason};
 use crate::gemini::results::{self, ResultLine};
 use crate::gemini::{self, ApiKey, BatchName, FileName};
 
@@ -30,25 +33,68 @@ pub enum Error {
     /// Gemini refused or did not answer.
     #[error(transparent)]
     Gemini(#[from] gemini::Error),
+    /// An object store did.
+    #[error("{}", .0.message)]
+    Store(Problem),
+    /// Whoever takes the lines can't.
+    #[error(transparent)]
+    Taken(io::Error),
 }
 
-/// Gives each line of earlier attempts to `take`, in the shape of a result file's lines, with the attempt that it came
-/// from. None, if there was none.
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Kubernetes(e) => Self::Kubernetes(e),
+            Failure::Problem { problem, .. } | Failure::Passing(problem) => Self::Store(problem),
+            Failure::Changed => Self::Store(Problem::new(
+                Reason::StoreUnavailable,
+                "the results of an earlier attempt were changed while they were read; they are read again",
+            )),
+        }
+    }
+}
+
+/// One line.
+pub enum Line<'a> {
+    /// In the shape of a result file's lines, and the attempt that it came from.
+    Of {
+        /// The attempt.
+        attempt: i32,
+        /// As it came.
+        raw: &'a str,
+        /// What it says.
+        line: &'a ResultLine<'a>,
+    },
+    /// One that belonged to no request.
+    Unmatched(&'a [u8]),
+}
+
+/// Gives each line of earlier attempts to `take`, until that fails. None, if there was none. If the results of the
+/// attempt at hand are stored already, they are among these, and what is known of its result file is returned.
 pub async fn lines(
     ctx: &Context,
     job: &GeminiBatchJob,
     key: &ApiKey,
-    mut take: impl FnMut(&str, &ResultLine<'_>, i32),
-) -> Result<(), Error> {
+    mut take: impl FnMut(Line<'_>) -> io::Result<()>,
+) -> Result<Option<ResultFile>, Error> {
+    let mut stored_up_to = 0;
+    if let Some(Destination::Store(at)) = Destination::of(job) {
+        match published(ctx, job, &at, &mut take).await? {
+            Some((up_to, file)) if up_to >= decide::attempt_at_hand(job) => return Ok(Some(file)),
+            Some((up_to, _)) => stored_up_to = up_to,
+            None => {}
+        }
+    }
     // The keys of somebody else's file are not known: a further attempt carries it whole, and replaces what was.
     if over(job).is_empty() || !job.spec.has_own_input() {
-        return Ok(());
+        return Ok(None);
     }
-    let mut stored_up_to = 0;
-    if let Some(stored) = stored(ctx, job).await? {
-        for line in stored.lines.lines() {
-            if let Ok(parsed) = ResultLine::parse(line) {
-                take(line, &parsed, output::attempt_of(line));
+    if stored_up_to == 0
+        && let Some(stored) = stored(ctx, job).await?
+    {
+        for raw in stored.lines.lines() {
+            if let Ok(line) = &ResultLine::parse(raw) {
+                take(Line::Of { attempt: output::attempt_of(raw), raw, line }).map_err(Error::Taken)?;
             }
         }
         stored_up_to = stored.up_to;
@@ -68,12 +114,49 @@ pub async fn lines(
         }
         let mut lines = results::Lines::new(ctx.gemini.download(key, &file).await?.stream.boxed());
         while let Some(line) = lines.next().await? {
-            if let Some((text, Ok(parsed))) = line.text().map(|text| (text, ResultLine::parse(text))) {
-                take(text, &parsed, attempt.number);
+            if let Some((raw, Ok(line))) = line.text().map(|text| (text, ResultLine::parse(text))) {
+                take(Line::Of { attempt: attempt.number, raw, line: &line }).map_err(Error::Taken)?;
             }
         }
     }
-    Ok(())
+    Ok(None)
+}
+
+/// What stands in an object store already, and of which attempt it is the last word.
+async fn published(
+    ctx: &Context,
+    job: &GeminiBatchJob,
+    at: &ObjectStoreOutput,
+    take: &mut impl FnMut(Line<'_>) -> io::Result<()>,
+) -> Result<Option<(i32, ResultFile)>, Error> {
+    let Some(there) = output_store::published(ctx, job, at).await? else { return Ok(None) };
+    // What a further attempt with an unknown input left is no part of what this one leaves.
+    if there.attempt < decide::attempt_at_hand(job) && !job.spec.has_own_input() {
+        return Ok(None);
+    }
+    for object in [&there.results, &there.unmatched].into_iter().flatten() {
+        let unmatched = there.unmatched.as_ref() == Some(object);
+        let reading = futures::stream::unfold(Some(there.store.read(object)), async |reader| {
+            let mut reader = reader?;
+            match reader.next().await {
+                Ok(bytes) => bytes.map(|bytes| (Ok(bytes), Some(reader))),
+                Err(e) => Some((Err(Error::from(output_store::failure(&e))), None)),
+            }
+        });
+        let mut lines = results::Lines::new(reading.boxed());
+        while let Some(line) = lines.next().await? {
+            let taken = match line.text() {
+                _ if unmatched => take(Line::Unmatched(line.content())),
+                Some(raw) => match &ResultLine::parse(raw) {
+                    Ok(line) => take(Line::Of { attempt: output::attempt_of(raw), raw, line }),
+                    Err(_) => Ok(()),
+                },
+                None => Ok(()),
+            };
+            taken.map_err(Error::Taken)?;
+        }
+    }
+    Ok(Some((there.attempt, there.file)))
 }
 
 /// Those requests that no earlier attempt has a result for, and those whose error is worth another try.
@@ -83,23 +166,44 @@ pub async fn without_answered(
     key: &ApiKey,
     input: Input,
 ) -> Result<Result<Input, Problem>, kube::Error> {
-    let judge = Judge::of(job);
-    let mut found: HashMap<String, (i32, Standing)> = HashMap::new();
-    let read = lines(ctx, job, key, |_, line, attempt| {
-        let Some(key) = line.key.as_deref() else { return };
-        let new = (attempt, judge.standing(attempt, &line.outcome));
-        match found.entry(key.to_owned()) {
-            Entry::Vacant(entry) => _ = entry.insert(new),
-            Entry::Occupied(mut entry) if retry::replaces(*entry.get(), new) => _ = entry.insert(new),
-            Entry::Occupied(_) => {}
-        }
+    let mut keys = HashSet::new();
+    let read = answered(ctx, job, key, |key| {
+        keys.insert(key.to_owned());
+        Ok(())
     });
-    match read.await {
-        Ok(()) => {
+    Ok(read.await?.map(|()| input.without(&keys)))
+}
+
+/// Gives the key of each request that no further attempt carries to `take`, until that fails. Writes to the temporary
+/// directory if there are many.
+pub async fn answered(
+    ctx: &Context,
+    job: &GeminiBatchJob,
+    key: &ApiKey,
+    mut take: impl FnMut(&str) -> io::Result<()>,
+) -> Result<Result<(), Problem>, kube::Error> {
+    // A request may have several lines, of which the last word counts.
+    let limits = Limits::new(ctx.scratch.clone());
+    let attempt = decide::attempt_at_hand(job);
+    let mut join = Join::without_keys(limits, Keep::Keys, attempt, Judge::of(job));
+    let read = lines(ctx, job, key, |line| match line {
+        Line::Of { attempt, raw, line } => join.earlier(raw, line, attempt),
+        Line::Unmatched(_) => Ok(()),
+    });
+    let read = match read.await {
+        Ok(_) => {
             let retry = retry::allowed_after(job, retry::tries(job));
-            let settled = found.into_iter().filter(|(_, (_, standing))| !standing.is_open(retry));
-            Ok(Ok(input.without(&settled.map(|(key, _)| key).collect())))
+            let mut settled = |join: Join| {
+                join.finish()?.each(|key, standing| if standing.is_open(retry) { Ok(()) } else { take(key) })
+            };
+            settled(join).map_err(Error::Taken)
         }
+        Err(e) => Err(e),
+    };
+    match read {
+        Ok(()) => Ok(Ok(())),
+        Err(Error::Store(problem)) => Ok(Err(problem)),
+        Err(Error::Taken(e)) => Ok(Err(super::gather::no_room(&e))),
         Err(Error::Kubernetes(e)) => Err(e),
         Err(Error::Gemini(e)) if e.is_absent() => Ok(Err(Problem::new(
             Reason::ResultsLost,

@@ -11,6 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use super::Problem;
 use super::collect::Collected;
 use super::decide::Results;
+use super::destination::{Destination, Placed};
 use super::memory::{Refused, after};
 use super::request;
 use super::retry;
@@ -57,7 +58,7 @@ pub fn ended(
     a: &Attempt,
     batch: Option<&Batch>,
     collected: Option<&Collected>,
-    stored: Option<&str>,
+    stored: Option<&Placed>,
     hint: Option<String>,
 ) -> End {
     let results = results(job, a, batch, collected, stored);
@@ -192,7 +193,7 @@ pub fn attempt_ended(
     a: &Attempt,
     batch: Option<&Batch>,
     collected: Option<&Collected>,
-    stored: Option<&str>,
+    stored: Option<&Placed>,
     hint: Option<String>,
     reason: Reason,
 ) -> End {
@@ -538,7 +539,7 @@ pub fn results(
     a: &Attempt,
     batch: Option<&Batch>,
     collected: Option<&Collected>,
-    stored: Option<&str>,
+    stored: Option<&Placed>,
 ) -> Results {
     // The first attempt carried all requests.
     let first = job.status.as_ref().and_then(|s| s.attempts.iter().find(|first| first.number == 1));
@@ -566,7 +567,14 @@ pub fn results(
             expiration_time: batch.and_then(|b| b.end_time).map(|t| Time(after(t, RESULT_LIFE))),
             bytes: collected.map(|c| c.bytes),
             sha256: collected.map(|c| c.sha256.clone()),
-            config_map: stored.map(ToOwned::to_owned),
+            config_map: match stored {
+                Some(Placed::ConfigMap(name)) => Some(name.clone()),
+                _ => None,
+            },
+            object_store: match stored {
+                Some(Placed::Store(stored)) => Some(stored.clone()),
+                _ => None,
+            },
         }),
     }
 }
@@ -714,12 +722,28 @@ pub fn not_readable(name: &BatchName, give_up: Timestamp) -> Problem {
 
 /// The results do not fit.
 #[must_use]
-pub fn too_large(name: &str, bytes: i64) -> Problem {
-    Problem::new(
+pub fn too_large(name: &Destination, bytes: i64, batch: Option<&Batch>) -> Problem {
+    let problem = Problem::new(
         Reason::OutputTooLarge,
         format!(
-            "the results ({bytes} bytes) do not fit into ConfigMap {name}, which holds at most 1 MiB. Remove \
-             spec.output to finish the job with the results left in the file that status.output.fileName names"
+            "the results ({bytes} bytes) do not fit into {name}, which holds at most 1 MiB. Name a place in an object store \
+             (spec.output.objectStore) instead, or remove spec.output to finish the job with the results left in the file \
+             that status.output.fileName names"
+        ),
+    );
+    kept_at_gemini(&problem, batch)
+}
+
+/// What stands in the way of results that are there: how much time there is to change it.
+#[must_use]
+pub fn kept_at_gemini(problem: &Problem, batch: Option<&Batch>) -> Problem {
+    let Some(ended) = batch.and_then(|b| b.end_time) else { return problem.clone() };
+    let until = after(ended, RESULT_LIFE).strftime("%Y-%m-%dT%H:%M:%SZ");
+    Problem::new(
+        problem.reason,
+        format!(
+            "{}. Until {until} at least, Gemini keeps the results",
+            problem.message.trim_end_matches('.')
         ),
     )
 }

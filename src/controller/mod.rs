@@ -6,12 +6,17 @@
 //! | [`decide`] | no | what to do next: the whole lifecycle |
 //! | [`act`] | yes | takes one step, folds its outcome into [`memory`] |
 //! | [`report`] | yes | writes one change to the job, and its Event |
+//! | [`gather`] | yes | reads what a batch left and joins it with what was sent |
 //! | [`earlier`] | yes | what earlier attempts left |
+//! | [`output`], [`output_store`] | yes | where results go: a `ConfigMap`, an object store |
 //! | [`retry`] | no | which requests a further attempt carries |
 //! | [`sweep`] | yes | finds what callbacks did not tell |
 //! | [`census`] | yes | what Gemini has that the cluster may have forgotten |
 //! | [`quota`] | no | who may send next, for each API key |
 //! | [`doorman`] | no | wakes those whose turn it is |
+//! | [`stored`] | yes | an input in an object store: checked, then sent, as a stream |
+//! | [`keys`] | no | millions of keys in bounded memory |
+//! | [`transfers`] | no | work as long as an object is large, beside the passes |
 //! | [`run`] | yes | drives the four, and the watch |
 //! | [`policy`] | no | what an administrator decided for all jobs |
 //! | [`schema_check`] | yes | whether the installed definition is as new as the operator |
@@ -22,16 +27,21 @@ pub mod act;
 pub mod census;
 pub mod collect;
 pub mod decide;
+pub mod destination;
 pub mod doorman;
 pub mod earlier;
 pub mod ending;
+pub mod gather;
 pub mod identity;
 pub mod input;
+pub mod join;
+pub mod keys;
 pub mod memory;
 pub mod metrics;
 pub mod namespaces;
 pub mod observe;
 pub mod output;
+pub mod output_store;
 pub mod policy;
 pub mod quota;
 pub mod report;
@@ -40,7 +50,9 @@ pub mod retry;
 pub mod ring;
 pub mod run;
 pub mod schema_check;
+pub mod stored;
 pub mod sweep;
+pub mod transfers;
 pub mod watched;
 pub mod webhooks;
 
@@ -48,6 +60,7 @@ use jiff::SignedDuration;
 
 use crate::api::Reason;
 use crate::gemini::ApiKey;
+use crate::store;
 
 /// What keeps a job from going on, and what to change.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,6 +142,8 @@ pub struct Timings {
     /// Pause between two lists for batches without a webhook, while there are any; jittered by a tenth. Not longer than
     /// `sweep`.
     pub poll: SignedDuration,
+    /// With object stores.
+    pub stores: store::Timeouts,
     /// How often it is looked whether the `CustomResourceDefinition` is as new as the operator, as long as it is.
     pub schema: SignedDuration,
 }
@@ -155,6 +170,7 @@ impl Default for Timings {
             trouble_longest: SignedDuration::from_mins(5),
             sweep: SignedDuration::from_mins(10),
             poll: SignedDuration::from_mins(1),
+            stores: store::Timeouts::default(),
             schema: SignedDuration::from_mins(5),
         }
     }

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::Problem;
-use super::collect::{Collected, Kept};
+use super::collect::Collected;
 use crate::api::{
     CONTROLLER_MANAGER, GeminiBatchJob, JOB_NAME_ANNOTATION, JOB_UID_ANNOTATION, Reason, RequestCounts,
     Retention,
@@ -58,12 +58,23 @@ pub async fn reserve(client: &Client, job: &GeminiBatchJob, name: &str) -> Resul
     }
 }
 
+/// Lines as they are stored.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Text {
+    /// A line for each request with a result, in input order: `key` and `response` or `error`.
+    pub results: String,
+    /// A line for each request without a result: `key`.
+    pub missing: String,
+    /// Lines that repeat a key, have one that was not sent, or can't be read, as they came.
+    pub unmatched: String,
+}
+
 /// Writes the results.
 pub async fn store(
     client: &Client,
     job: &GeminiBatchJob,
     name: &str,
-    kept: &Kept,
+    kept: &Text,
     manifest: &serde_json::Value,
 ) -> Result<Done, kube::Error> {
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());

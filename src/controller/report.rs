@@ -460,8 +460,12 @@ fn put_results(s: &mut GeminiBatchJobStatus, results: &Results) {
     s.output = match output.clone() {
         // What was stored stays there, wherever later results go.
         Some(new) => {
-            let config_map = new.config_map.or_else(|| before.and_then(|o| o.config_map));
-            Some(OutputStatus { config_map, ..new })
+            let OutputStatus { config_map, object_store, .. } = before.unwrap_or_default();
+            Some(OutputStatus {
+                config_map: new.config_map.or(config_map),
+                object_store: new.object_store.or(object_store),
+                ..new
+            })
         }
         None => before,
     };

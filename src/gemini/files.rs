@@ -1,11 +1,14 @@
 //! Files: resumable upload under a chosen name, get, delete, download.
 
+use std::time::Duration;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf as _, Bytes, BytesMut};
 use futures::stream::BoxStream;
-use futures::{StreamExt as _, TryStreamExt as _};
-use http::{HeaderValue, Method};
+use futures::{Stream, StreamExt as _, TryStreamExt as _};
+use http::header::{CONTENT_RANGE, RANGE};
+use http::{HeaderValue, Method, StatusCode};
 use reqwest::{Request, Response, Url};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
@@ -14,11 +17,16 @@ use super::batches::int64;
 use super::transport::{header, json_body};
 use super::{ApiKey, Client, Error, FileName};
 
-/// Google's SDK uses the same.
-const CHUNK_BYTES: usize = 8 << 20;
+/// Bytes of a chunk of an upload; only the last one may be shorter. Google's SDK uses the same.
+pub const CHUNK_BYTES: usize = 8 << 20;
 /// Tries for one chunk. Uploads cost nothing, so this is the one call that tries again by itself; where it
 /// goes on is asked of the server each time.
 const CHUNK_TRIES: u32 = 3;
+
+/// Breaks of a download without a byte in between, after which it is given up.
+const MAX_BREAKS: u32 = 3;
+/// Before a download goes on that broke off: doubled each time.
+const BREAK_PAUSE: Duration = Duration::from_millis(250);
 
 /// A file as Google shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,8 +80,21 @@ pub struct Upload<'a> {
 
 /// The content of a file.
 pub struct Download {
-    /// Chunks as they come. Ends with an error if none comes for the idle timeout.
+    /// Chunks as they come. Ends with an error if it breaks off, or stands still for the idle timeout, several times
+    /// without a byte in between.
     pub stream: BoxStream<'static, Result<Bytes, Error>>,
+}
+
+/// An upload that was begun. Shows nothing of itself: its URL is as good as a key.
+#[derive(Clone)]
+pub struct Session {
+    url: Url,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Session")
+    }
 }
 
 /// What the server says after a chunk.
@@ -92,25 +113,46 @@ impl Client {
         upload: Upload<'_>,
         mut body: impl AsyncRead + Unpin + Send,
     ) -> Result<File, Error> {
-        let session = self.start_upload(key, &upload).await?;
+        let session = self.begin_upload(key, &upload).await?;
         let mut offset = 0;
         loop {
             let chunk = next_chunk(&mut body, upload.size - offset).await?;
-            let last = offset + chunk.len() as u64 >= upload.size;
-            match self.put_chunk(&session, offset, &chunk, last).await? {
-                Progress::Complete(file) if last => return Ok(file),
-                Progress::Complete(_) => return Err(Error::local("the upload was finalized before its end")),
-                Progress::At(_) if last => {
-                    return Err(Error::local("all bytes were sent, but the upload is not finalized"));
-                }
-                Progress::At(at) => offset = at,
+            if offset + chunk.len() as u64 >= upload.size {
+                return self.finish_upload(&session, offset, &chunk).await;
             }
+            offset = self.upload_chunk(&session, offset, &chunk).await?;
         }
+    }
+
+    /// Sends a chunk that is not the last one, and says where the upload stands then.
+    pub async fn upload_chunk(&self, session: &Session, offset: u64, chunk: &Bytes) -> Result<u64, Error> {
+        match self.put_chunk(&session.url, offset, chunk, false).await? {
+            Progress::At(at) => Ok(at),
+            Progress::Complete(_) => Err(Error::local("the upload was finalized before its end")),
+        }
+    }
+
+    /// Sends the last chunk. Only then there is a file.
+    pub async fn finish_upload(&self, session: &Session, offset: u64, chunk: &Bytes) -> Result<File, Error> {
+        match self.put_chunk(&session.url, offset, chunk, true).await? {
+            Progress::Complete(file) => Ok(file),
+            Progress::At(_) => Err(Error::local("all bytes were sent, but the upload is not finalized")),
+        }
+    }
+
+    /// How many bytes of an upload that broke off have arrived; `None` if it can't go on.
+    pub async fn uploaded(&self, session: &Session) -> Result<Option<u64>, Error> {
+        Ok(match self.upload_command(&session.url, "query", None).await? {
+            (Some("active"), response) => {
+                header(response.headers(), "x-goog-upload-size-received").and_then(|s| s.parse().ok())
+            }
+            _ => None,
+        })
     }
 
     /// Opens an upload. The URL of the session is as good as a key: it is never logged, and whatever host
     /// it names, the configured one is used.
-    async fn start_upload(&self, key: &ApiKey, upload: &Upload<'_>) -> Result<Url, Error> {
+    pub async fn begin_upload(&self, key: &ApiKey, upload: &Upload<'_>) -> Result<Session, Error> {
         let url = self.url(&format!("/upload/{}/files", self.config.api_version), &[]);
         let mut request = Request::new(Method::POST, url);
         let mime = HeaderValue::from_str(upload.mime_type).map_err(|_| Error::local("not a MIME type"))?;
@@ -137,7 +179,7 @@ impl Client {
             && session.set_username("").is_ok()
             && session.set_password(None).is_ok();
         if pinned {
-            Ok(session)
+            Ok(Session { url: session })
         } else {
             Err(Error::local("an upload that was started with an unusable URL"))
         }
@@ -218,21 +260,118 @@ impl Client {
         self.json(key, Method::DELETE, self.versioned(&name.to_string(), &[]), None).await.map(|_| ())
     }
 
-    /// The content of a result file.
+    /// The content of a result file. Where it breaks off it is asked for again, from there on or, if Gemini does not know
+    /// what that means, from its beginning.
     pub async fn download(&self, key: &ApiKey, name: &FileName) -> Result<Download, Error> {
-        let path = format!("/download/{}/{name}:download", self.config.api_version);
-        let request = Request::new(Method::GET, self.url(&path, &[("alt", "media")]));
-        let response = self.send_streaming(request, key).await?;
-        let idle = self.config.idle_timeout;
-        let stream = response.bytes_stream().map_err(Error::transport).boxed();
-        let stream = futures::stream::try_unfold(stream, move |mut stream| async move {
-            match tokio::time::timeout(idle, stream.next()).await {
-                Ok(Some(chunk)) => Ok(Some((chunk?, stream))),
-                Ok(None) => Ok(None),
-                Err(_) => Err(Error::local("the download stood still")),
-            }
+        let stream = self.download_from(key, name, 0).await?;
+        let reading = Reading {
+            client: self.clone(),
+            key: key.clone(),
+            name: name.clone(),
+            at: 0,
+            breaks: 0,
+            stream: Some(stream),
+        };
+        let stream = futures::stream::try_unfold(reading, |mut reading| async move {
+            Ok(reading.next().await?.map(|bytes| (bytes, reading)))
         });
         Ok(Download { stream: stream.boxed() })
+    }
+
+    /// The content from that byte on.
+    async fn download_from(
+        &self,
+        key: &ApiKey,
+        name: &FileName,
+        at: u64,
+    ) -> Result<BoxStream<'static, Result<Bytes, Error>>, Error> {
+        let path = format!("/download/{}/{name}:download", self.config.api_version);
+        let mut request = Request::new(Method::GET, self.url(&path, &[("alt", "media")]));
+        if at > 0 {
+            let range = HeaderValue::from_str(&format!("bytes={at}-"));
+            request.headers_mut().insert(RANGE, range.map_err(|_| Error::local("not a range"))?);
+        }
+        let response = self.send_streaming(request, key).await?;
+        let skip = if response.status() == StatusCode::PARTIAL_CONTENT {
+            let begins = format!("bytes {at}-");
+            let range = header(response.headers(), CONTENT_RANGE.as_str());
+            if !range.is_some_and(|range| at > 0 && range.starts_with(&begins)) {
+                return Err(Error::local("a part of a file that was not asked for"));
+            }
+            0
+        } else {
+            at
+        };
+        let stream = response.bytes_stream().map_err(Error::transport);
+        Ok(skipping(stream.boxed(), skip).boxed())
+    }
+}
+
+/// A stream without its first bytes, which are known already.
+fn skipping(
+    stream: BoxStream<'static, Result<Bytes, Error>>,
+    skip: u64,
+) -> impl Stream<Item = Result<Bytes, Error>> {
+    futures::stream::try_unfold((stream, skip), |(mut stream, mut skip)| async move {
+        Ok(match stream.next().await {
+            Some(chunk) => {
+                let mut chunk = chunk?;
+                let known = usize::try_from(skip).unwrap_or(usize::MAX).min(chunk.len());
+                chunk.advance(known);
+                skip -= known as u64;
+                Some((chunk, (stream, skip)))
+            }
+            None if skip > 0 => return Err(Error::local("a file that has become shorter")),
+            None => None,
+        })
+    })
+}
+
+/// A download under way.
+struct Reading {
+    client: Client,
+    key: ApiKey,
+    name: FileName,
+    /// Bytes that were given out.
+    at: u64,
+    /// Breaks without a byte in between.
+    breaks: u32,
+    stream: Option<BoxStream<'static, Result<Bytes, Error>>>,
+}
+
+impl Reading {
+    async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+        loop {
+            match self.step().await {
+                Ok(Some(bytes)) if bytes.is_empty() => {}
+                Ok(Some(bytes)) => {
+                    self.at += bytes.len() as u64;
+                    self.breaks = 0;
+                    return Ok(Some(bytes));
+                }
+                Ok(None) => return Ok(None),
+                Err(e) if e.is_refusal() || self.breaks == MAX_BREAKS => return Err(e),
+                Err(_) => {
+                    self.stream = None;
+                    tokio::time::sleep(BREAK_PAUSE * 2u32.pow(self.breaks)).await;
+                    self.breaks += 1;
+                }
+            }
+        }
+    }
+
+    async fn step(&mut self) -> Result<Option<Bytes>, Error> {
+        let stream = match &mut self.stream {
+            Some(stream) => stream,
+            None => {
+                let stream = self.client.download_from(&self.key, &self.name, self.at).await?;
+                self.stream.insert(stream)
+            }
+        };
+        match tokio::time::timeout(self.client.config.idle_timeout, stream.next()).await {
+            Ok(chunk) => chunk.transpose(),
+            Err(_) => Err(Error::local("the download stood still")),
+        }
     }
 }
 

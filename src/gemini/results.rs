@@ -8,11 +8,10 @@ use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::Error;
 use super::batches::int64;
 
-/// A longer line is not kept; it counts as unreadable.
-pub const MAX_LINE_BYTES: usize = 64 << 20;
+/// A longer line is not held in memory; it counts as unreadable.
+pub const MAX_LINE_BYTES: usize = 32 << 20;
 
 /// A line.
 #[derive(Clone, Debug)]
@@ -48,6 +47,15 @@ pub struct Usage {
     pub output: i64,
     /// Of both.
     pub total: i64,
+}
+
+impl Usage {
+    /// Adds what another line cost.
+    pub fn add(&mut self, other: &Self) {
+        self.prompt = self.prompt.saturating_add(other.prompt);
+        self.output = self.output.saturating_add(other.output);
+        self.total = self.total.saturating_add(other.total);
+    }
 }
 
 /// A line that is none of the known shapes.
@@ -141,6 +149,18 @@ impl RawLine {
         line.strip_suffix(b"\r").unwrap_or(line)
     }
 
+    /// Whether it is only a piece of a line that is too long.
+    #[must_use]
+    pub fn is_cut(&self) -> bool {
+        self.cut
+    }
+
+    /// Whether its line ends with it. The last piece of a file need not say so.
+    #[must_use]
+    pub fn ends(&self) -> bool {
+        self.bytes.ends_with(b"\n")
+    }
+
     /// As text, if it is complete and is text.
     #[must_use]
     pub fn text(&self) -> Option<&str> {
@@ -158,7 +178,10 @@ pub struct Lines<S> {
     in_long_line: bool,
 }
 
-impl<S: Stream<Item = Result<Bytes, Error>> + Unpin> Lines<S> {
+impl<S, E> Lines<S>
+where
+    S: Stream<Item = Result<Bytes, E>> + Unpin,
+{
     /// Lines of at most [`MAX_LINE_BYTES`].
     pub fn new(stream: S) -> Self {
         Self::with_limit(stream, MAX_LINE_BYTES)
@@ -170,7 +193,7 @@ impl<S: Stream<Item = Result<Bytes, Error>> + Unpin> Lines<S> {
     }
 
     /// The next line; `None` at the end.
-    pub async fn next(&mut self) -> Result<Option<RawLine>, Error> {
+    pub async fn next(&mut self) -> Result<Option<RawLine>, E> {
         let mut searched = 0;
         loop {
             if let Some(at) = self.buffer[searched..].iter().position(|b| *b == b'\n') {
@@ -197,6 +220,7 @@ impl<S: Stream<Item = Result<Bytes, Error>> + Unpin> Lines<S> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Error;
     use super::*;
     use proptest::prelude::*;
 
@@ -240,7 +264,7 @@ mod tests {
     }
 
     async fn split(chunks: Vec<Vec<u8>>, limit: usize) -> Vec<(Vec<u8>, bool)> {
-        let stream = futures::stream::iter(chunks.into_iter().map(|c| Ok(Bytes::from(c))));
+        let stream = futures::stream::iter(chunks.into_iter().map(|c| Ok::<_, Error>(Bytes::from(c))));
         let mut lines = Lines::with_limit(stream, limit);
         let mut all = Vec::new();
         while let Some(line) = lines.next().await.unwrap() {

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::header::{HeaderMap, RETRY_AFTER};
-use http::{HeaderValue, Method};
+use http::header::{HeaderMap, RANGE, RETRY_AFTER};
+use http::{HeaderValue, Method, StatusCode};
 use jiff::Timestamp;
 use reqwest::{Request, Response, Url};
 use serde_json::Value;
@@ -170,7 +170,15 @@ impl Client {
         let header = key.header().map_err(|_| Error::local("the API key can't be sent"))?;
         request.headers_mut().insert("x-goog-api-key", header);
         // Within the limit: the body of an error as well.
-        let answer = async { success(self.http.execute(request).await.map_err(Error::transport)?).await };
+        let partial = request.headers().contains_key(RANGE);
+        let answer = async {
+            let response = self.http.execute(request).await.map_err(Error::transport)?;
+            // What was asked for.
+            if partial && response.status() == StatusCode::PARTIAL_CONTENT {
+                return Ok(response);
+            }
+            success(response).await
+        };
         tokio::time::timeout(self.config.request_timeout, answer)
             .await
             .map_err(|_| Error::local("timed out"))?

@@ -12,7 +12,7 @@ use clap::Parser as _;
 use gemini_batch_operator::api::{GeminiBatchJob, conditions};
 use gemini_batch_operator::config::{Cli, Command as Sub, RunArgs};
 use gemini_batch_operator::controller::Timings;
-use gemini_batch_operator::{process, telemetry};
+use gemini_batch_operator::{process, store, telemetry};
 use gemini_simulator::{Config, LogEntry, Op, Simulator};
 use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Secret};
@@ -201,6 +201,11 @@ pub fn timings() -> Timings {
         trouble_longest: SignedDuration::from_secs(1),
         gone_after: SignedDuration::from_secs(1),
         cancel_pauses: quick(&[100, 300, 600]),
+        stores: store::Timeouts {
+            connect: Duration::from_secs(2),
+            idle: Duration::from_secs(2),
+            resume: Duration::from_millis(20),
+        },
         ..Timings::default()
     }
 }

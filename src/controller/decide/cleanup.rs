@@ -4,9 +4,10 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::{
     Action, Change, Decision, Observed, Wake, contradicted, current_attempt, has_finalizer, is_finished,
-    lifecycle, output_name, record, stage_of, waiting,
+    lifecycle, record, stage_of, waiting,
 };
 use crate::api::{Attempt, Callback, DeletionPolicy, GeminiBatchJob, Reason};
+use crate::controller::destination::Destination;
 use crate::controller::memory::{Cleanup, Remote, Stage, after};
 use crate::controller::{Problem, ending};
 use crate::gemini::{Batch, BatchName};
@@ -53,8 +54,8 @@ fn contradiction(o: &Observed<'_>, a: &Attempt, callback: &Callback, now: Timest
 fn leftovers(o: &Observed<'_>, now: Timestamp) -> Decision {
     // A job that Gemini refused for good gives its reservation back here: the refusal is recorded first.
     let filled = output_filled(o.job);
-    if let Some(name) = output_name(o.job).filter(|_| !filled && !o.memory.cleanup.output_released) {
-        return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
+    if let Some(name) = Destination::of(o.job).filter(|_| !filled && !o.memory.cleanup.output_released) {
+        return Decision::Act(Action::ReleaseOutput { name });
     }
     if let Some(decision) = current_attempt(o.job).and_then(|a| drop_input_file(o, a, now)) {
         return decision;
@@ -91,7 +92,10 @@ pub(super) fn drop_input_file(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> 
 
 /// Whether the output object holds results.
 pub(super) fn output_filled(job: &GeminiBatchJob) -> bool {
-    job.status.as_ref().and_then(|s| s.output.as_ref()).is_some_and(|o| o.config_map.is_some())
+    job.status
+        .as_ref()
+        .and_then(|s| s.output.as_ref())
+        .is_some_and(|o| o.config_map.is_some() || o.object_store.is_some())
 }
 
 /// When a deletion does not wait any longer.
@@ -133,8 +137,8 @@ pub(super) fn deleting(o: &Observed<'_>, now: Timestamp) -> Decision {
             return record(Change::DropFinalizer { event: Some(event) });
         }
     }
-    if let Some(name) = output_name(o.job).filter(|_| !cleanup.output_released) {
-        return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
+    if let Some(name) = Destination::of(o.job).filter(|_| !cleanup.output_released) {
+        return Decision::Act(Action::ReleaseOutput { name });
     }
     let over = current_attempt(o.job).is_some_and(|a| a.outcome.is_some());
     let event = match ended_batch(o).filter(|_| !over) {
@@ -151,8 +155,8 @@ pub(super) fn deleting(o: &Observed<'_>, now: Timestamp) -> Decision {
 
 /// The job goes, and whatever it has at Gemini stays.
 fn leave_alone(o: &Observed<'_>) -> Decision {
-    if let Some(name) = output_name(o.job).filter(|_| !o.memory.cleanup.output_released) {
-        return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
+    if let Some(name) = Destination::of(o.job).filter(|_| !o.memory.cleanup.output_released) {
+        return Decision::Act(Action::ReleaseOutput { name });
     }
     let live = current_attempt(o.job).filter(|a| a.outcome.is_none());
     let live = live.filter(|a| known_batch(o, a).is_some() || is_unsure(o, a));

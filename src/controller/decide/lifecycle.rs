@@ -207,7 +207,7 @@ pub(super) fn at_rest(o: &Observed<'_>, now: Timestamp) -> Decision {
     }
     // Results that are nowhere else are not forgotten.
     let output = o.job.status.as_ref().and_then(|s| s.output.as_ref());
-    if output.is_some_and(|o| o.file_name.is_some() && o.config_map.is_none()) {
+    if output.is_some_and(|o| o.file_name.is_some() && o.config_map.is_none() && o.object_store.is_none()) {
         return Decision::Wait { say: None, wake: Wake::OnChange };
     }
     let over = after(finished.0, SignedDuration::from_secs(ttl));

@@ -6,11 +6,11 @@ use jiff::Timestamp;
 use super::cleanup::{drop_input_file, output_filled};
 use super::submission::reserve;
 use super::{
-    Action, Change, Decision, Observed, Wake, generation_of, lifecycle, new_hint, output_name, record,
-    stalled, waiting,
+    Action, Change, Decision, Observed, Wake, generation_of, lifecycle, new_hint, record, stalled, waiting,
 };
 use crate::api::Attempt;
 use crate::controller::collect::{Collected, Lines};
+use crate::controller::destination::{Destination, Placed};
 use crate::controller::ending;
 use crate::controller::memory::{Absent, OutputObject, Remote, after};
 use crate::gemini::{Batch, BatchName, BatchState};
@@ -86,15 +86,15 @@ fn collecting(
     now: Timestamp,
 ) -> Decision {
     let Some(collected) = &o.memory.collected else { return reading(o, a, name, batch, now) };
-    let Some(wanted) = output_name(o.job).filter(|_| collected.has_results()) else {
+    let Some(wanted) = Destination::of(o.job).filter(|_| collected.has_results()) else {
         return end(o, a, batch, Some(collected), now);
     };
     let results = Some(Box::new(ending::results(o.job, a, batch, Some(collected), None)));
     match (&o.memory.output, &collected.lines) {
-        (OutputObject::Stored { name }, _) if name == wanted => end(o, a, batch, Some(collected), now),
-        (_, Lines::TooLarge { bytes }) => Decision::Wait {
+        (OutputObject::Stored { name, .. }, _) if *name == wanted => end(o, a, batch, Some(collected), now),
+        (_, Lines::TooLarge { bytes }) if matches!(wanted, Destination::ConfigMap(_)) => Decision::Wait {
             say: Some(Box::new(Change::Waiting {
-                problem: ending::too_large(wanted, *bytes),
+                problem: ending::too_large(&wanted, *bytes, batch),
                 stalled: true,
                 results,
             })),
@@ -104,21 +104,26 @@ fn collecting(
             if generation_of(o.job) == *generation && retry.is_none_or(|t| t > now) =>
         {
             Decision::Wait {
-                say: Some(Box::new(Change::Waiting { problem: problem.clone(), stalled: true, results })),
+                say: Some(Box::new(Change::Waiting {
+                    problem: ending::kept_at_gemini(problem, batch),
+                    stalled: true,
+                    results,
+                })),
                 wake: retry.map_or(Wake::OnChange, Wake::At),
             }
         }
-        (OutputObject::Reserved { name }, Lines::Kept(_)) if name == wanted => {
+        (OutputObject::Reserved { name }, Lines::Kept(_)) if *name == wanted => {
             Decision::Act(Action::StoreResults { name: name.clone() })
         }
-        (OutputObject::Reserved { name: ours }, Lines::Dropped) if ours == wanted => {
+        // What is too large for a ConfigMap was given back.
+        (OutputObject::Reserved { name: ours }, Lines::Dropped | Lines::TooLarge { .. })
+            if *ours == wanted =>
+        {
             reading(o, a, name, batch, now)
         }
         // After a restart the object that was reserved before is simply written to: that checks it as well.
-        (OutputObject::Unknown, Lines::Kept(_)) => {
-            Decision::Act(Action::StoreResults { name: wanted.to_owned() })
-        }
-        _ => Decision::Act(reserve(o, wanted)),
+        (OutputObject::Unknown, Lines::Kept(_)) => Decision::Act(Action::StoreResults { name: wanted }),
+        _ => Decision::Act(reserve(o, &wanted)),
     }
 }
 
@@ -172,8 +177,8 @@ fn end(
     collected: Option<&Collected>,
     now: Timestamp,
 ) -> Decision {
-    let stored = match &o.memory.output {
-        OutputObject::Stored { name } => Some(name.as_str()),
+    let stored: Option<&Placed> = match &o.memory.output {
+        OutputObject::Stored { placed, .. } => Some(placed),
         _ => None,
     };
     let hint = new_hint(o.job, a);
@@ -186,12 +191,12 @@ fn end(
     // A reservation that will never be filled is given back, so that the name is free again.
     // It may have another name by now, or none.
     let reserved = match &o.memory.output {
-        OutputObject::Reserved { name } => Some(name.as_str()),
-        _ => output_name(o.job),
+        OutputObject::Reserved { name } => Some(name.clone()),
+        _ => Destination::of(o.job),
     };
     let filled = output_filled(o.job);
     if let (Some(name), None, false) = (reserved, stored, filled || o.memory.cleanup.output_released) {
-        return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
+        return Decision::Act(Action::ReleaseOutput { name });
     }
     record(Change::Finished(Box::new(ending::ended(o.job, a, batch, collected, stored, hint))))
 }

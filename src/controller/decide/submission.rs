@@ -6,9 +6,10 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 
 use super::{
     Action, Change, Decision, Gate, Observed, Wake, generation_of, hinted_batch, lifecycle, number_after,
-    output_name, record, stage_of, stalled, waiting,
+    record, stage_of, stalled, waiting,
 };
 use crate::api::{Attempt, GeminiBatchJob, RESEND_ANNOTATION, Reason, Refusal, RefusedCall};
+use crate::controller::destination::Destination;
 use crate::controller::memory::{OutputObject, Search, Stage, after};
 use crate::controller::{InputFacts, Timings, ending, identity};
 use crate::gemini::{Batch, BatchState};
@@ -70,7 +71,9 @@ pub(super) fn ready<'a>(
         (_, false) => None,
         (Some(Ok(input)), true) => Some(input),
         // What earlier attempts left can't be read for now: nobody has to change anything.
-        (Some(Err(problem)), true) if problem.reason == Reason::GeminiUnavailable => {
+        (Some(Err(problem)), true)
+            if matches!(problem.reason, Reason::GeminiUnavailable | Reason::StoreUnavailable) =>
+        {
             let say = Some(Box::new(waiting(problem, false)));
             return Err(Box::new(Decision::Wait { say, wake: Wake::Recheck }));
         }
@@ -78,9 +81,9 @@ pub(super) fn ready<'a>(
         // The driver reads the input whenever `needs_input` says so.
         (None, true) => return Err(Box::new(Decision::Wait { say: None, wake: Wake::At(now) })),
     };
-    let Some(name) = output_name(o.job) else { return Ok((fingerprint, input)) };
+    let Some(name) = Destination::of(o.job) else { return Ok((fingerprint, input)) };
     match &o.memory.output {
-        OutputObject::Reserved { name: ours } | OutputObject::Stored { name: ours } if ours == name => {
+        OutputObject::Reserved { name: ours } | OutputObject::Stored { name: ours, .. } if *ours == name => {
             Ok((fingerprint, input))
         }
         OutputObject::Blocked { problem, generation, retry }
@@ -91,7 +94,7 @@ pub(super) fn ready<'a>(
                 wake: retry.map_or(Wake::OnChange, Wake::At),
             }))
         }
-        _ => Err(Box::new(Decision::Act(reserve(o, name)))),
+        _ => Err(Box::new(Decision::Act(reserve(o, &name)))),
     }
 }
 
@@ -159,10 +162,10 @@ fn still_allowed(o: &Observed<'_>) -> Result<(), Box<Decision>> {
 }
 
 /// Makes sure of the output object, which is not reserved yet; one that is, under another name, is released first.
-pub(super) fn reserve(o: &Observed<'_>, name: &str) -> Action {
+pub(super) fn reserve(o: &Observed<'_>, name: &Destination) -> Action {
     match &o.memory.output {
         OutputObject::Reserved { name: old } => Action::ReleaseOutput { name: old.clone() },
-        _ => Action::ReserveOutput { name: name.to_owned() },
+        _ => Action::ReserveOutput { name: name.clone() },
     }
 }
 

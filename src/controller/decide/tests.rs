@@ -9,10 +9,11 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::api::{
-    Callback, Cancellation, DeletionPolicy, RESEND_ANNOTATION, Refusal, RefusedCall, RetryPolicy,
-    SuspendPolicy,
+    Callback, Cancellation, DeletionPolicy, ObjectStoreOutput, RESEND_ANNOTATION, Refusal, RefusedCall,
+    RetryPolicy, SuspendPolicy,
 };
-use crate::controller::collect::{Collected, Lines};
+use crate::controller::collect::{Collected, Kept, Lines};
+use crate::controller::destination::{Destination, Placed};
 use crate::controller::memory::{
     Absent, Cleanup, KeyRefused, Looks, NamespaceSeen, OutputObject, Probe, Remote, Search, Send, Tries,
 };
@@ -289,12 +290,22 @@ impl Case {
         self.with(|c| c.job.spec.output = serde_json::from_value(output).unwrap())
     }
 
+    fn store(self, uri: &str) -> Self {
+        let output = json!({"objectStore": {"uri": uri}});
+        self.with(|c| c.job.spec.output = serde_json::from_value(output).unwrap())
+    }
+
+    fn in_store(self, uri: &str) -> Self {
+        let at = ObjectStoreOutput { uri: uri.to_owned(), ..ObjectStoreOutput::default() };
+        self.object(OutputObject::Reserved { name: Destination::Store(at) })
+    }
+
     fn object(self, object: OutputObject) -> Self {
         self.with(|c| c.memory.output = object)
     }
 
     fn reserved(self, name: &str) -> Self {
-        self.object(OutputObject::Reserved { name: name.to_owned() })
+        self.object(OutputObject::Reserved { name: map(name) })
     }
 
     /// Not usable as of this generation of the job.
@@ -479,7 +490,11 @@ fn collected(succeeded: i64, lines: Lines) -> Collected {
 }
 
 fn kept() -> Lines {
-    Lines::Kept(Box::default())
+    Lines::Kept(Kept::default())
+}
+
+fn map(name: &str) -> Destination {
+    Destination::ConfigMap(name.to_owned())
 }
 
 fn absent(key: &str, count: u32, since: i64, next: i64) -> Absent {
@@ -597,7 +612,7 @@ fn before_the_intent() {
         "not its turn again": refused_for(RefusedCall::Create, Reason::WaitingForQuota).at(59).closed() => "Wait WaitingForSlot change";
     }
     assert!(matches!(held().output("p").reserved("o").decide(),
-        Decision::Act(Action::ReleaseOutput { name }) if name == "o"));
+        Decision::Act(Action::ReleaseOutput { name }) if name == map("o")));
 }
 
 /// etcd was restored from a backup: the attempt that is about to begin has a batch at Gemini.
@@ -1136,7 +1151,10 @@ fn results_are_read_with_patience() {
 fn results_go_where_the_output_says() {
     use BatchState::{Expired, Failed, Succeeded};
     let large = || Lines::TooLarge { bytes: 9 };
-    let stored = |case: Case, name: &str| case.object(OutputObject::Stored { name: name.to_owned() });
+    let stored = |case: Case, name: &str| {
+        let placed = Placed::ConfigMap(name.to_owned());
+        case.object(OutputObject::Stored { name: map(name), placed })
+    };
     let nothing = |case: Case| case.with(|c| c.memory.collected = Some(Collected::default()));
     check! {
         "no output": read(Succeeded, Lines::Dropped) => "Finished Succeeded Completed";
@@ -1153,6 +1171,11 @@ fn results_go_where_the_output_says() {
         "what an expired batch had": read(Expired, kept()).output("o").reserved("o") => "StoreResults";
         "what a failed batch had": stored(read(Failed, Lines::Dropped).output("o"), "o") => "Finished Failed BatchFailed";
         "too large": read(Succeeded, large()).output("o").reserved("o") => "Wait OutputTooLarge!+results change";
+        "too large, then a store": read(Succeeded, large()).store("s3://b/o").reserved("o") => "ReleaseOutput";
+        "too large, released": read(Succeeded, large()).store("s3://b/o") => "ReserveOutput";
+        "too large, read again for the store": read(Succeeded, large()).store("s3://b/o").in_store("s3://b/o") => "Collect";
+        "for a store": read(Succeeded, kept()).store("s3://b/o").in_store("s3://b/o") => "StoreResults";
+        "for another place in it": read(Succeeded, kept()).store("s3://b/p").in_store("s3://b/o") => "ReleaseOutput";
         "too large after a restart": read(Succeeded, large()).output("o") => "Wait OutputTooLarge!+results change";
         "too large, output removed": read(Succeeded, large()) => "Finished Succeeded Completed";
         "too large, output removed, still reserved": read(Succeeded, large()).reserved("o") => "ReleaseOutput";

@@ -210,3 +210,52 @@ async fn a_download_may_take_long_but_not_stand_still() {
     let error = download(&setup.client).await.unwrap_err();
     assert!(error.to_string().contains("stood still"), "{error}");
 }
+
+/// Whether it knows ranges, does not, or claims to and gives something else.
+#[tokio::test]
+async fn a_download_that_breaks_off_goes_on_where_it_was() {
+    const CONTENT: &str = "0123456789";
+    let answer = |ranges: &'static str| {
+        move |number: usize, seen: &Seen| {
+            let range = seen.header("range").strip_prefix("bytes=");
+            let from = range.map(|r| r.trim_end_matches('-').parse::<usize>().unwrap());
+            match (number, from, ranges) {
+                (1, None, _) => status(200, broken(&CONTENT[..4])),
+                // It breaks off again, further on.
+                (2, Some(4), "known") => now(Response::builder()
+                    .status(206)
+                    .header("content-range", "bytes 4-9/10")
+                    .body(broken(&CONTENT[4..7]))
+                    .unwrap()),
+                (3, Some(7), "known") => now(Response::builder()
+                    .status(206)
+                    .header("content-range", "bytes 7-9/10")
+                    .body(Body::from(&CONTENT[7..]))
+                    .unwrap()),
+                (2, Some(4), "unknown") => status(200, broken(&CONTENT[..6])),
+                (3, Some(6), "unknown") => status(200, CONTENT),
+                (2, Some(4), "shorter") => status(200, &CONTENT[..3]),
+                (_, Some(4), "other") => now(Response::builder()
+                    .status(206)
+                    .header("content-range", "bytes 0-9/10")
+                    .body(Body::from(CONTENT))
+                    .unwrap()),
+                (_, Some(4), "gone") => status(404, envelope(404, "NOT_FOUND")),
+                (_, Some(4), "shorter") => status(200, &CONTENT[..2]),
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    for ranges in ["known", "unknown"] {
+        let setup = serve(patient, answer(ranges)).await;
+        assert_eq!(download(&setup.client).await.unwrap(), CONTENT.as_bytes(), "{ranges}");
+        assert_eq!(setup.uris().len(), 3);
+    }
+    for wrong in ["shorter", "other"] {
+        let setup = serve(patient, answer(wrong)).await;
+        assert!(!download(&setup.client).await.unwrap_err().is_absent(), "{wrong}");
+    }
+    let setup = serve(patient, answer("gone")).await;
+    assert!(download(&setup.client).await.unwrap_err().is_absent());
+    assert_eq!(setup.uris().len(), 2, "a refusal is not asked about again");
+}

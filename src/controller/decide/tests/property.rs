@@ -120,7 +120,7 @@ struct World {
     sends: u32,
     /// Send ids of all creates that left.
     created: Vec<String>,
-    stored: Option<String>,
+    stored: Option<Destination>,
     /// Requests whose last word is an error so far, of attempts that are over. All of them are worth another try.
     errors: i64,
     orphaned: bool,
@@ -600,7 +600,9 @@ impl World {
             }
             Action::StoreResults { name } => {
                 self.stored = Some(name.clone());
-                self.case.memory.output = OutputObject::Stored { name: name.clone() };
+                let Destination::ConfigMap(map) = &name else { unreachable!() };
+                let placed = Placed::ConfigMap(map.clone());
+                self.case.memory.output = OutputObject::Stored { name: name.clone(), placed };
                 self.case.memory.collected.as_mut().unwrap().lines = Lines::Dropped;
             }
             Action::FindInputFile { file } => {
@@ -667,7 +669,8 @@ impl World {
                 if let Some((answered, failed, before)) =
                     read.map(|b| (b.answered, b.failed, b.failed_before))
                 {
-                    let lines = if output_name(&self.case.job).is_some() { kept() } else { Lines::Dropped };
+                    let lines =
+                        if Destination::of(&self.case.job).is_some() { kept() } else { Lines::Dropped };
                     self.case.memory.unreadable = None;
                     let joined = self.case.job.spec.has_own_input();
                     let succeeded = answered + if joined { self.earlier() } else { 0 };
@@ -915,8 +918,8 @@ impl World {
             assert!(b.batch.is_terminal(), "the job ended as {}, its batch runs", end.reason);
             if b.batch.state == BatchState::Succeeded && b.answered > 0 {
                 assert_eq!(end.state, State::Succeeded, "results were lost: {}", end.reason);
-                let wanted = output_name(&self.case.job);
-                assert!(wanted.is_none() || self.stored.as_deref() == wanted, "results were not stored");
+                let wanted = Destination::of(&self.case.job);
+                assert!(wanted.is_none() || self.stored == wanted, "results were not stored");
             }
         }
         assert!(!self.travels(), "ended while a create travels");

@@ -1,0 +1,45 @@
+//! Where a job's results go. Pure: no client required.
+
+use std::fmt;
+
+use crate::api::{GeminiBatchJob, ObjectStoreOutput, StoredOutput};
+
+/// Where results go.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Destination {
+    /// The `ConfigMap` of that name.
+    ConfigMap(String),
+    /// A place in an object store.
+    Store(ObjectStoreOutput),
+}
+
+impl Destination {
+    /// Where the results of the job shall go.
+    #[must_use]
+    pub fn of(job: &GeminiBatchJob) -> Option<Self> {
+        let output = job.spec.output.as_ref()?;
+        match (&output.config_map, &output.object_store) {
+            (Some(map), _) => Some(Self::ConfigMap(map.name.clone())),
+            (None, Some(store)) => Some(Self::Store(store.clone())),
+            (None, None) => None,
+        }
+    }
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ConfigMap(name) => write!(f, "ConfigMap {name}"),
+            Self::Store(store) => f.write_str(&store.uri),
+        }
+    }
+}
+
+/// Where results are, for the status.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Placed {
+    /// In the `ConfigMap` of that name.
+    ConfigMap(String),
+    /// In these objects.
+    Store(StoredOutput),
+}
