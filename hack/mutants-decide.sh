@@ -25,7 +25,7 @@ printf 'pub mod api;\npub mod gemini;\n' >"$tree/base/lib.rs"
   section dependencies
 } >"$tree/base/Cargo.toml"
 
-modules='collect|decide|ending|identity|memory|report'
+modules='collect|decide|ending|identity|memory|report|request'
 for module in ${modules//|/ }; do
   cp "src/controller/$module.rs" "$tree/src/controller/"
 done
