@@ -626,7 +626,10 @@ impl Step<'_> {
                     memory.unreadable = Some(self.absent(memory.unreadable.as_ref()));
                 }
                 Err(Halt::Gemini { what, error }) => self.trouble(memory, what, &error),
-                Err(Halt::Passing(problem)) => self.passes(memory, problem),
+                Err(Halt::Passing(problem)) => {
+                    let problem = self.with_time_left(&problem, memory);
+                    self.passes(memory, problem);
+                }
             }
             return Ok(());
         }
