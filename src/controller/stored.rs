@@ -17,8 +17,8 @@ use tokio::sync::mpsc;
 
 use super::collect::Keys;
 use super::identity::hex;
-use super::keys::{Hasher, Lines, Sorter};
-use super::memory::{KnownProblem, Memory, after};
+use super::keys::{Hasher, Sorter};
+use super::memory::{KnownProblem, Memory, Stored, after};
 use super::run::Context;
 use super::transfers::{Owner, Waited};
 use super::{Credential, InputFacts, Problem, act, decide, earlier, input};
@@ -34,19 +34,6 @@ const MAX_OBJECTS: usize = 10_000;
 const MAX_LINE_BYTES: usize = 32 << 20;
 /// Keys that are held in memory for joining: larger inputs are counted only.
 const MAX_KEYS_BYTES: usize = 16 << 20;
-
-/// A stored input that was checked.
-#[derive(Debug, PartialEq)]
-pub struct Stored {
-    /// What a decision needs to know of it.
-    pub facts: InputFacts,
-    /// The job's words for it.
-    of: ObjectStoreInput,
-    /// The objects as they were.
-    objects: Vec<Object>,
-    /// Lines that have a result already, if it is a further attempt that some have one.
-    answered: Option<Lines>,
-}
 
 /// Why it can't be had.
 #[derive(Debug)]
@@ -531,7 +518,7 @@ pub async fn observe(
             memory.trouble = None;
             let next = after(ctx.clock.now(), ctx.timings.recheck / 2);
             memory.stored_problem =
-                Some(KnownProblem { of: of.clone(), problem: problem.clone(), seen, next });
+                Some(Box::new(KnownProblem { of: of.clone(), problem: problem.clone(), seen, next }));
             Some(Err(problem))
         }
         Waited::Done(Err(Failure::Passing(problem))) => {
@@ -695,19 +682,14 @@ async fn send(
         },
         None => None,
     };
-    let (session, begin) = match going_on {
-        Some(going_on) => going_on,
-        None => {
-            let upload = Upload {
-                name: &name.file,
-                display_name: &name.display,
-                mime_type: "application/jsonl",
-                size,
-            };
-            match gemini.begin_upload(&key.key, &upload).await {
-                Ok(session) => (session, 0),
-                Err(error) => return Err(Unsent::Gemini { error, session: None }),
-            }
+    let (session, begin) = if let Some(going_on) = going_on {
+        going_on
+    } else {
+        let upload =
+            Upload { name: &name.file, display_name: &name.display, mime_type: "application/jsonl", size };
+        match gemini.begin_upload(&key.key, &upload).await {
+            Ok(session) => (session, 0),
+            Err(error) => return Err(Unsent::Gemini { error, session: None }),
         }
     };
     // Of three chunks one is filled, one waits and one is on its way.

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use crate::harness::{Env, PATIENCE, condition, counts, line, ready, spec, state, with_input};
-use crate::stores::{BUCKET, Fault, Proxy, SECRET_KEY, Server, no_oauth, s3_secret};
+use crate::stores::{ACCESS_KEY, BUCKET, Fault, Proxy, SECRET_KEY, Server, no_oauth, s3_secret};
 
 /// A spec whose input lies in the S3 server.
 fn from_s3(place: &Value, endpoint: &str, output: Option<&str>) -> Value {
@@ -350,6 +350,38 @@ async fn what_no_administrator_allowed_is_refused_before_anything_is_connected_t
         assert!(message.contains(says), "{name}: {message}");
     }
     assert_eq!(proxy.connections(), 0, "not a single connection");
+}
+
+/// The pod's own identity, as its environment says: for the namespaces that an administrator listed, and for nothing else.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_operators_own_identity_is_lent_to_listed_namespaces() {
+    let s3 = Server::s3();
+    s3.put("in", lines(0..3)).await;
+    let endpoint = s3.endpoint();
+    let env = env_for(&endpoint, &[]).await;
+    let own = with_input(json!({"objectStore": uri("in")}), None);
+    let identity = [
+        ("AWS_ACCESS_KEY_ID", ACCESS_KEY),
+        ("AWS_SECRET_ACCESS_KEY", SECRET_KEY),
+        ("AWS_ENDPOINT_URL", &endpoint),
+        ("AWS_ALLOW_HTTP", "true"),
+    ];
+    {
+        let _unlisted = env.spawn_in(&identity, &["--own-identity-namespaces=other"]);
+        env.create("own", own).await;
+        let (_, _, message) = ready(&env.stalled("own", "StoreNotAllowed").await);
+        assert!(message.contains(&format!("add {} to", env.namespace)), "{message}");
+        // Whoever brings a Secret gets no help from the environment.
+        env.secret("half", &json!({"accessKeyId": ACCESS_KEY})).await;
+        let mut half = from_s3(&uri("in"), &endpoint, None);
+        half["input"]["objectStore"]["credentialsRef"]["name"] = json!("half");
+        env.create("half", half).await;
+        env.stalled("half", "CredentialsInvalid").await;
+    }
+    let listed = format!("--own-identity-namespaces={}", env.namespace);
+    let process = env.spawn_in(&identity, &[&listed]);
+    assert_eq!(state(&env.finished("own").await), "Succeeded");
+    assert!(!process.log().contains(SECRET_KEY));
 }
 
 // ------------------------------------------------------------------------------------------------- what passes
