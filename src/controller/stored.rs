@@ -5,7 +5,7 @@
 //! given back to the pass that asked, which sends it only if the hash is the same. So what was intended is what is paid
 //! for, whatever happens to the objects meanwhile.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
@@ -727,8 +727,7 @@ async fn fill(
     chunks: mpsc::Sender<Bytes>,
 ) -> Result<Bytes, Failure> {
     let mut tally = Tally::default();
-    let mut skip = usize::try_from(begin).unwrap_or(usize::MAX);
-    let mut chunk = BytesMut::new();
+    let mut cutter = Cutter { skip: begin, open: BytesMut::new(), full: VecDeque::new() };
     let mut lines = LineReader::new(store, &stored.objects);
     while lines
         .step(|line| {
@@ -736,18 +735,14 @@ async fn fill(
                 return Ok(());
             }
             tally.add(line.text);
-            for part in [line.text.as_bytes(), b"\n"] {
-                let known = skip.min(part.len());
-                skip -= known;
-                chunk.extend_from_slice(&part[known..]);
-            }
+            cutter.push(line.text.as_bytes());
+            cutter.push(b"\n");
             Ok(())
         })
         .await?
     {
-        while chunk.len() > CHUNK_BYTES {
-            let whole = chunk.split_to(CHUNK_BYTES).freeze();
-            if chunks.send(whole).await.is_err() {
+        while let Some(chunk) = cutter.full.pop_front() {
+            if chunks.send(chunk).await.is_err() {
                 std::future::pending::<()>().await; // the other side says what is wrong
             }
         }
@@ -756,7 +751,35 @@ async fn fill(
     if now != stored.facts {
         return Err(Failure::Changed);
     }
-    Ok(chunk.freeze())
+    Ok(cutter.open.freeze())
+}
+
+/// Cuts bytes into chunks, each with memory of its own and no more than that: three of them are all that a transfer holds.
+struct Cutter {
+    /// Bytes that have arrived already.
+    skip: u64,
+    /// The chunk that is being filled. Never empty once there was a byte: the last one must not be.
+    open: BytesMut,
+    full: VecDeque<Bytes>,
+}
+
+impl Cutter {
+    fn push(&mut self, bytes: &[u8]) {
+        let known = usize::try_from(self.skip).unwrap_or(usize::MAX).min(bytes.len());
+        self.skip -= known as u64;
+        let mut rest = &bytes[known..];
+        while !rest.is_empty() {
+            if self.open.len() == CHUNK_BYTES {
+                self.full.push_back(std::mem::take(&mut self.open).freeze());
+            }
+            if self.open.is_empty() {
+                self.open = BytesMut::with_capacity(CHUNK_BYTES);
+            }
+            let (part, after) = rest.split_at(rest.len().min(CHUNK_BYTES - self.open.len()));
+            self.open.extend_from_slice(part);
+            rest = after;
+        }
+    }
 }
 
 /// The keys of all requests, if they still hash to `sha256` and are not too many to hold in memory.
@@ -809,5 +832,35 @@ pub fn worth_waiting(failure: &Failure, ended: Option<Timestamp>, ctx: &Context)
             ended.is_none_or(|ended| after(ended, ctx.timings.result_patience) > now)
         }
         Failure::Kubernetes(_) => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+        /// However the bytes come, and from wherever it goes on: all of them once, in whole chunks, the last one not empty.
+        #[test]
+        fn chunks_are_the_bytes(
+            sizes in prop::collection::vec(0usize..(CHUNK_BYTES * 3 / 2), 1..4),
+            skip in 0usize..CHUNK_BYTES,
+        ) {
+            let bytes: Vec<u8> = (0..sizes.iter().sum()).map(|i: usize| i.to_le_bytes()[i % 3]).collect();
+            let mut cutter = Cutter { skip: skip as u64, open: BytesMut::new(), full: VecDeque::new() };
+            let mut rest = bytes.as_slice();
+            for size in sizes {
+                let (part, after) = rest.split_at(size);
+                cutter.push(part);
+                rest = after;
+            }
+            prop_assert!(cutter.full.iter().all(|chunk| chunk.len() == CHUNK_BYTES));
+            prop_assert!(bytes.len() <= skip || !cutter.open.is_empty());
+            let mut all: Vec<u8> = cutter.full.iter().flat_map(|chunk| chunk.to_vec()).collect();
+            all.extend_from_slice(&cutter.open);
+            prop_assert!(all == bytes[skip.min(bytes.len())..]);
+        }
     }
 }
