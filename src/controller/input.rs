@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::identity::hex;
-use super::stored::Stored;
+use super::memory::Stored;
 use super::{InputFacts, Problem};
 use crate::api::{InputRequest, Reason};
 

@@ -359,7 +359,7 @@ async fn forward(
                 }
             }
             Fault::BytesPerSecond(rate) => {
-                tokio::time::sleep(Duration::from_secs_f64(n as f64 / rate as f64)).await;
+                tokio::time::sleep(Duration::from_micros((n * 1_000_000 / rate) as u64)).await;
             }
             Fault::Status(_) | Fault::Refuse => return Ok(()),
         }
