@@ -18,20 +18,20 @@ rm -rf "$tree"
 mkdir -p "$tree/src/controller" "$tree/base" "$tree/.cargo"
 cp .cargo/mutants.toml "$tree/.cargo/mutants.toml"
 cp Cargo.lock "$tree/Cargo.lock"
-cp -r src/api src/gemini "$tree/base/"
-printf 'pub mod api;\npub mod gemini;\n' >"$tree/base/lib.rs"
+cp -r src/api src/gemini src/store "$tree/base/"
+printf 'pub mod api;\npub mod gemini;\npub mod store;\n' >"$tree/base/lib.rs"
 {
   printf '[package]\nname = "base"\nedition = "2024"\n[lib]\npath = "lib.rs"\n'
   section dependencies
 } >"$tree/base/Cargo.toml"
 
-modules='collect|decide|ending|identity|memory|report|request'
+modules='collect|decide|ending|identity|keys|memory|report|request'
 for module in ${modules//|/ }; do
   cp "src/controller/$module.rs" "$tree/src/controller/"
 done
 cp -r src/controller/decide "$tree/src/controller/"
 sed -E "/^pub mod /{/ ($modules);/!d}" src/controller/mod.rs >"$tree/src/controller/mod.rs"
-printf 'pub use base::{api, gemini};\npub mod controller;\n' >"$tree/src/lib.rs"
+printf 'pub use base::{api, gemini, store};\npub mod controller;\n' >"$tree/src/lib.rs"
 {
   printf '[package]\nname = "decisions"\nedition = "2024"\n[workspace]\n'
   section workspace.dependencies

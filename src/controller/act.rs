@@ -18,7 +18,7 @@ use super::input::{Carried, Input};
 use super::join::What;
 use super::memory::{
     Absent, KeyRefused, Memory, NamespaceSeen, OutputObject, Probe, Refused, Remote, Search, Send, Stage,
-    Tries, Trouble, after,
+    Stored, Tries, Trouble, after,
 };
 use super::metrics::ByOutcome;
 use super::observe;
@@ -26,7 +26,7 @@ use super::output::{self, Done};
 use super::output_store::{self, Delivery};
 use super::retry::Judge;
 use super::run::Context;
-use super::stored::{self, Failure, Stored, Unsent};
+use super::stored::{self, Failure, Unsent};
 use super::transfers::Waited;
 use super::{Credential, Problem, ending, identity};
 use crate::api::{
@@ -311,9 +311,9 @@ impl Step<'_> {
         let Some(attempt) = decide::current_attempt(self.job) else { return Ok(()) };
         let (Some(key), Ok(name)) = (self.credential, FileName::parse(file)) else { return Ok(()) };
         let name = stored::Name { file: name, display: attempt.display_name.clone() };
-        let session = memory.upload.take().filter(|(send, _)| *send == attempt.send_id).map(|(_, s)| s);
+        let session = memory.upload.take().filter(|kept| kept.0 == attempt.send_id).map(|kept| kept.1);
         let prepared = stored::prepare(self.ctx, self.job, stored, key, name, session.clone()).await;
-        let keep = |session: Option<gemini::Session>| session.map(|s| (attempt.send_id.clone(), s));
+        let keep = |session: Option<gemini::Session>| session.map(|s| Box::new((attempt.send_id.clone(), s)));
         match prepared {
             Err(waits) => {
                 memory.upload = keep(session);
@@ -641,7 +641,10 @@ impl Step<'_> {
                     memory.unreadable = Some(self.absent(memory.unreadable.as_ref()));
                 }
                 Err(Halt::Gemini { what, error }) => self.trouble(memory, what, &error),
-                Err(Halt::Passing(problem)) => self.passes(memory, problem),
+                Err(Halt::Passing(problem)) => {
+                    let problem = self.with_time_left(&problem, memory);
+                    self.passes(memory, problem);
+                }
             }
             return Ok(());
         }

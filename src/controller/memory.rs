@@ -11,8 +11,8 @@ use jiff::{SignedDuration, Timestamp};
 use super::collect::Collected;
 use super::decide::Wake;
 use super::destination::{Destination, Placed};
-use super::stored::Stored;
-use super::{Credential, Problem};
+use super::keys::Lines;
+use super::{Credential, InputFacts, Problem};
 use crate::api::{Method, ObjectStoreInput, Reason, Refusal};
 use crate::gemini::{Batch, BatchName, Session};
 use crate::store::Object;
@@ -49,11 +49,11 @@ pub struct Memory {
     /// The input, if it lies in an object store and was checked.
     pub stored: Option<Arc<Stored>>,
     /// What was wrong with it, the last time that it was looked at.
-    pub stored_problem: Option<KnownProblem>,
+    pub stored_problem: Option<Box<KnownProblem>>,
     /// What is under way beside the passes, and will wake the job: see [`super::transfers`].
     pub transfer: Option<Problem>,
     /// An upload that broke off and may go on, and the send that it is of.
-    pub upload: Option<(String, Session)>,
+    pub upload: Option<Box<(String, Session)>>,
     /// Steps of the clean-up that are done.
     pub cleanup: Cleanup,
     /// The API key of an attempt that is, or may be, at Gemini: to cancel it with when the job is deleted and its
@@ -254,6 +254,21 @@ pub struct Trouble {
     pub next: Timestamp,
     /// What failed, for the condition.
     pub problem: Problem,
+}
+
+/// An input in an object store that was checked: see [`super::stored`].
+#[derive(Debug, PartialEq)]
+pub struct Stored {
+    /// What a decision needs to know of it.
+    pub facts: InputFacts,
+    /// The job's words for it.
+    pub of: ObjectStoreInput,
+    /// What its lines were checked for.
+    pub method: Method,
+    /// The objects as they were.
+    pub objects: Vec<Object>,
+    /// Lines that have a result already, if it is a further attempt and some have one.
+    pub answered: Option<Lines>,
 }
 
 /// What is wrong with an input in an object store.

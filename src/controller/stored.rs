@@ -5,7 +5,7 @@
 //! given back to the pass that asked, which sends it only if the hash is the same. So what was intended is what is paid
 //! for, whatever happens to the objects meanwhile.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
@@ -17,8 +17,8 @@ use tokio::sync::mpsc;
 
 use super::gather::aside;
 use super::identity::hex;
-use super::keys::{Hasher, Lines, Sorter};
-use super::memory::{KnownProblem, Memory, after};
+use super::keys::{Hasher, Sorter};
+use super::memory::{KnownProblem, Memory, Stored, after};
 use super::run::Context;
 use super::transfers::{Owner, Waited};
 use super::{Credential, InputFacts, Problem, act, decide, earlier, input, request};
@@ -32,21 +32,6 @@ const FIELD: &str = "spec.input.objectStore";
 const MAX_OBJECTS: usize = 10_000;
 /// A request with a document in it is large; more than this Gemini does not take.
 const MAX_LINE_BYTES: usize = 32 << 20;
-
-/// A stored input that was checked.
-#[derive(Debug, PartialEq)]
-pub struct Stored {
-    /// What a decision needs to know of it.
-    pub facts: InputFacts,
-    /// The job's words for it.
-    of: ObjectStoreInput,
-    /// What its lines were checked for.
-    method: Method,
-    /// The objects as they were.
-    objects: Vec<Object>,
-    /// Lines that have a result already, if it is a further attempt that some have one.
-    answered: Option<Lines>,
-}
 
 /// Why it can't be had.
 #[derive(Debug)]
@@ -544,13 +529,9 @@ pub async fn observe(
         Waited::Done(Err(Failure::Problem { problem, seen })) => {
             memory.trouble = None;
             let next = after(ctx.clock.now(), ctx.timings.recheck / 2);
-            memory.stored_problem = Some(KnownProblem {
-                of: of.clone(),
-                method: job.spec.method,
-                problem: problem.clone(),
-                seen,
-                next,
-            });
+            let (of, method, problem2) = (of.clone(), job.spec.method, problem.clone());
+            memory.stored_problem =
+                Some(Box::new(KnownProblem { of, method, problem: problem2, seen, next }));
             Some(Err(problem))
         }
         Waited::Done(Err(Failure::Passing(problem))) => {
@@ -707,19 +688,14 @@ async fn send(
         },
         None => None,
     };
-    let (session, begin) = match going_on {
-        Some(going_on) => going_on,
-        None => {
-            let upload = Upload {
-                name: &name.file,
-                display_name: &name.display,
-                mime_type: "application/jsonl",
-                size,
-            };
-            match gemini.begin_upload(&key.key, &upload).await {
-                Ok(session) => (session, 0),
-                Err(error) => return Err(Unsent::Gemini { error, session: None }),
-            }
+    let (session, begin) = if let Some(going_on) = going_on {
+        going_on
+    } else {
+        let upload =
+            Upload { name: &name.file, display_name: &name.display, mime_type: "application/jsonl", size };
+        match gemini.begin_upload(&key.key, &upload).await {
+            Ok(session) => (session, 0),
+            Err(error) => return Err(Unsent::Gemini { error, session: None }),
         }
     };
     // Of three chunks one is filled, one waits and one is on its way.
@@ -757,8 +733,7 @@ async fn fill(
     chunks: mpsc::Sender<Bytes>,
 ) -> Result<Bytes, Failure> {
     let mut tally = Tally::default();
-    let mut skip = usize::try_from(begin).unwrap_or(usize::MAX);
-    let mut chunk = BytesMut::new();
+    let mut cutter = Cutter { skip: begin, open: BytesMut::new(), full: VecDeque::new() };
     let mut lines = LineReader::new(store, &stored.objects);
     while lines
         .step(|line| {
@@ -766,18 +741,14 @@ async fn fill(
                 return Ok(());
             }
             tally.add(line.text);
-            for part in [line.text.as_bytes(), b"\n"] {
-                let known = skip.min(part.len());
-                skip -= known;
-                chunk.extend_from_slice(&part[known..]);
-            }
+            cutter.push(line.text.as_bytes());
+            cutter.push(b"\n");
             Ok(())
         })
         .await?
     {
-        while chunk.len() > CHUNK_BYTES {
-            let whole = chunk.split_to(CHUNK_BYTES).freeze();
-            if chunks.send(whole).await.is_err() {
+        while let Some(chunk) = cutter.full.pop_front() {
+            if chunks.send(chunk).await.is_err() {
                 std::future::pending::<()>().await; // the other side says what is wrong
             }
         }
@@ -786,7 +757,35 @@ async fn fill(
     if now != stored.facts {
         return Err(Failure::Changed);
     }
-    Ok(chunk.freeze())
+    Ok(cutter.open.freeze())
+}
+
+/// Cuts bytes into chunks, each with memory of its own and no more than that: three of them are all that a transfer holds.
+struct Cutter {
+    /// Bytes that have arrived already.
+    skip: u64,
+    /// The chunk that is being filled. Never empty once there was a byte: the last one must not be.
+    open: BytesMut,
+    full: VecDeque<Bytes>,
+}
+
+impl Cutter {
+    fn push(&mut self, bytes: &[u8]) {
+        let known = usize::try_from(self.skip).unwrap_or(usize::MAX).min(bytes.len());
+        self.skip -= known as u64;
+        let mut rest = &bytes[known..];
+        while !rest.is_empty() {
+            if self.open.len() == CHUNK_BYTES {
+                self.full.push_back(std::mem::take(&mut self.open).freeze());
+            }
+            if self.open.is_empty() {
+                self.open = BytesMut::with_capacity(CHUNK_BYTES);
+            }
+            let (part, after) = rest.split_at(rest.len().min(CHUNK_BYTES - self.open.len()));
+            self.open.extend_from_slice(part);
+            rest = after;
+        }
+    }
 }
 
 /// Gives the keys of all requests to `take`, which says whether to go on. Whether they are what hashed to `sha256`.
@@ -820,4 +819,34 @@ pub async fn keys(
 pub fn worth_waiting(reason: Reason, ended: Option<Timestamp>, ctx: &Context) -> bool {
     !matches!(reason, Reason::InputNotFound | Reason::InputInvalid)
         && ended.is_none_or(|ended| after(ended, ctx.timings.result_patience) > ctx.clock.now())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+        /// However the bytes come, and from wherever it goes on: all of them once, in whole chunks, the last one not empty.
+        #[test]
+        fn chunks_are_the_bytes(
+            sizes in prop::collection::vec(0usize..(CHUNK_BYTES * 3 / 2), 1..4),
+            skip in 0usize..CHUNK_BYTES,
+        ) {
+            let bytes: Vec<u8> = (0..sizes.iter().sum()).map(|i: usize| i.to_le_bytes()[i % 3]).collect();
+            let mut cutter = Cutter { skip: skip as u64, open: BytesMut::new(), full: VecDeque::new() };
+            let mut rest = bytes.as_slice();
+            for size in sizes {
+                let (part, after) = rest.split_at(size);
+                cutter.push(part);
+                rest = after;
+            }
+            prop_assert!(cutter.full.iter().all(|chunk| chunk.len() == CHUNK_BYTES));
+            prop_assert!(bytes.len() <= skip || !cutter.open.is_empty());
+            let mut all: Vec<u8> = cutter.full.iter().flat_map(|chunk| chunk.to_vec()).collect();
+            all.extend_from_slice(&cutter.open);
+            prop_assert!(all == bytes[skip.min(bytes.len())..]);
+        }
+    }
 }

@@ -100,7 +100,7 @@ async fn results_too_large_for_a_config_map_wait_for_another_place() {
     assert!(!is_true(&job, conditions::FINISHED));
     assert!(job.status.as_ref().unwrap().output.as_ref().unwrap().file_name.is_some());
     assert_eq!(counts(&job), (2, 2, 0));
-    assert!(ready(&job).2.contains("Remove spec.output"));
+    assert!(ready(&job).2.contains("remove spec.output"));
     let patch = Patch::Merge(json!({"spec": {"output": null}}));
     env.jobs().patch("job", &PatchParams::default(), &patch).await.unwrap();
     let job = env.cleaned("job").await;

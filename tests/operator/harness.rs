@@ -328,18 +328,24 @@ impl Env {
         flags: &[&str],
         without: &[&str],
     ) -> Process {
-        self.spawn_at(kubeconfig, crash_at.map(|at| ("GBO_CRASH_AT", at)), flags, without)
+        let point = crash_at.map(|at| ("GBO_CRASH_AT", at));
+        self.spawn_at(kubeconfig, point.as_slice(), flags, without)
     }
 
     /// One that panics at that step.
     pub fn spawn_panicking(&self, at: &str) -> Process {
-        self.spawn_at(&self.cluster.kubeconfig, Some(("GBO_PANIC_AT", at)), &[], &[])
+        self.spawn_at(&self.cluster.kubeconfig, &[("GBO_PANIC_AT", at)], &[], &[])
+    }
+
+    /// One with more in its environment.
+    pub fn spawn_in(&self, environment: &[(&str, &str)], flags: &[&str]) -> Process {
+        self.spawn_at(&self.cluster.kubeconfig, environment, flags, &[])
     }
 
     fn spawn_at(
         &self,
         kubeconfig: &Path,
-        point: Option<(&str, &str)>,
+        environment: &[(&str, &str)],
         flags: &[&str],
         without: &[&str],
     ) -> Process {
@@ -355,7 +361,7 @@ impl Env {
             .env("KUBECONFIG", kubeconfig)
             .env_remove("GBO_CRASH_AT")
             .stderr(std::fs::File::create(&log).unwrap());
-        command.envs(point);
+        command.envs(environment.iter().copied());
         Process { child: command.spawn().unwrap(), log }
     }
 

@@ -30,6 +30,7 @@ mod outages;
 mod quota;
 mod retry;
 mod rules;
+mod stored_output;
 mod stores;
 mod sweep;
 mod unknown_outcomes;

@@ -4,11 +4,12 @@ use std::time::Instant;
 
 use gemini_batch_operator::api::{GeminiBatchJob, conditions};
 use gemini_simulator::{Config, Effect, Fault as Planted, Op, Outcome};
+use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use crate::harness::{Env, PATIENCE, condition, counts, line, ready, spec, state, with_input};
-use crate::stores::{BUCKET, Fault, Proxy, SECRET_KEY, Server, no_oauth, s3_secret};
+use crate::stores::{ACCESS_KEY, BUCKET, Fault, Proxy, SECRET_KEY, Server, no_oauth, s3_secret};
 
 /// A spec whose input lies in the S3 server.
 fn from_s3(place: &Value, endpoint: &str, output: Option<&str>) -> Value {
@@ -352,6 +353,38 @@ async fn what_no_administrator_allowed_is_refused_before_anything_is_connected_t
     assert_eq!(proxy.connections(), 0, "not a single connection");
 }
 
+/// The pod's own identity, as its environment says: for the namespaces that an administrator listed, and for nothing else.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_operators_own_identity_is_lent_to_listed_namespaces() {
+    let s3 = Server::s3();
+    s3.put("in", lines(0..3)).await;
+    let endpoint = s3.endpoint();
+    let env = env_for(&endpoint, &[]).await;
+    let own = with_input(json!({"objectStore": uri("in")}), None);
+    let identity = [
+        ("AWS_ACCESS_KEY_ID", ACCESS_KEY),
+        ("AWS_SECRET_ACCESS_KEY", SECRET_KEY),
+        ("AWS_ENDPOINT_URL", &endpoint),
+        ("AWS_ALLOW_HTTP", "true"),
+    ];
+    {
+        let _unlisted = env.spawn_in(&identity, &["--own-identity-namespaces=other"]);
+        env.create("own", own).await;
+        let (_, _, message) = ready(&env.stalled("own", "StoreNotAllowed").await);
+        assert!(message.contains(&format!("add {} to", env.namespace)), "{message}");
+        // Whoever brings a Secret gets no help from the environment.
+        env.secret("half", &json!({"accessKeyId": ACCESS_KEY})).await;
+        let mut half = from_s3(&uri("in"), &endpoint, None);
+        half["input"]["objectStore"]["credentialsRef"]["name"] = json!("half");
+        env.create("half", half).await;
+        env.stalled("half", "CredentialsInvalid").await;
+    }
+    let listed = format!("--own-identity-namespaces={}", env.namespace);
+    let process = env.spawn_in(&identity, &[&listed]);
+    assert_eq!(state(&env.finished("own").await), "Succeeded");
+    assert!(!process.log().contains(SECRET_KEY));
+}
+
 // ------------------------------------------------------------------------------------------------- what passes
 
 #[tokio::test(flavor = "multi_thread")]
@@ -487,7 +520,7 @@ async fn a_job_is_deleted_or_held_in_the_midst_of_a_transfer() {
             env.gone(end).await;
         } else {
             let patch = json!({"spec": {"suspend": true}});
-            env.jobs().patch(end, &Default::default(), &kube::api::Patch::Merge(&patch)).await.unwrap();
+            env.jobs().patch(end, &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
             env.until(end, "suspended", |j| state(j) == "Suspended").await;
         }
     }
@@ -499,6 +532,38 @@ async fn a_job_is_deleted_or_held_in_the_midst_of_a_transfer() {
 }
 
 // ------------------------------------------------------------------------------------------------- restarts
+
+/// The operator's memory in MiB: `VmRSS` is what it takes now, `VmHWM` the most that it ever took.
+fn memory(process: u32, what: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with(what)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+}
+
+/// A hundred megabytes and more keys than are kept in memory: read, checked and sent in less than 64 MiB.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_input_takes_little_memory() {
+    let (env, s3) = with_s3(&[]).await;
+    let process = env.spawn(None);
+    s3.put("small", line("k0", "x")).await;
+    env.create("small", from_s3(&uri("small"), &s3.endpoint(), None)).await;
+    env.cleaned("small").await;
+    let idle = memory(process.id(), "VmRSS");
+    let prompt = "x".repeat(120);
+    let mut content = line("first", "[[sim:work=9000000]]") + "\n";
+    for i in 0..600_000 {
+        content.push_str(&line(&i.to_string(), &prompt));
+        content.push('\n');
+    }
+    let hash = hex(content.as_bytes());
+    assert!(content.len() > 100 << 20);
+    s3.put("large", content).await;
+    env.create("large", from_s3(&uri("large"), &s3.endpoint(), None)).await;
+    let job = env.until("large", "at Gemini", |j| state(j) == "Running").await;
+    assert_eq!((sent_sha(&job), counts(&job).0), (hash.as_str(), 600_001));
+    let peak = memory(process.id(), "VmHWM");
+    assert!(peak <= idle + 64, "{idle} MiB at rest, {peak} MiB at most");
+}
 
 /// Killed at a step, started again: one batch, with what lies there.
 #[tokio::test(flavor = "multi_thread")]

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use futures::StreamExt as _;
 use object_store::aws::AmazonS3Builder;
 use object_store::client::{
     HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService,
@@ -59,6 +60,29 @@ fn listens(port: u16, name: &str) {
     }
 }
 
+fn versitygw(port: u16, dir: &std::path::Path, flags: &[&str]) -> Child {
+    let child = Command::new(tool("versitygw"))
+        .args([
+            "--quiet",
+            "--port",
+            &format!("127.0.0.1:{port}"),
+            "--access",
+            ACCESS_KEY,
+            "--secret",
+            SECRET_KEY,
+        ])
+        .args(flags)
+        .args(["posix", "--sidecar"])
+        .args([dir.join("meta"), dir.join("data")])
+        .current_dir(dir)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    listens(port, "versitygw");
+    child
+}
+
 impl Server {
     /// An S3 server with one bucket.
     pub fn s3() -> Self {
@@ -69,24 +93,8 @@ impl Server {
             path
         };
         sub(&format!("data/{BUCKET}"));
-        let child = Command::new(tool("versitygw"))
-            .args([
-                "--quiet",
-                "--port",
-                &format!("127.0.0.1:{port}"),
-                "--access",
-                ACCESS_KEY,
-                "--secret",
-                SECRET_KEY,
-            ])
-            .args(["posix", "--sidecar"])
-            .args([sub("meta"), sub("data")])
-            .current_dir(dir.path())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        listens(port, "versitygw");
+        sub("meta");
+        let child = versitygw(port, dir.path(), &[]);
         Self { child, port, dir, gcs: false }
     }
 
@@ -133,6 +141,39 @@ impl Server {
 
     pub async fn delete(&self, name: &str) {
         s3_bucket(&self.endpoint(), BUCKET).delete(&Path::from(name)).await.unwrap();
+    }
+
+    /// The content of an object, if it is there.
+    pub async fn get(&self, name: &str) -> Option<Vec<u8>> {
+        match s3_bucket(&self.endpoint(), BUCKET).get(&Path::from(name)).await {
+            Ok(got) => Some(got.bytes().await.unwrap().to_vec()),
+            Err(object_store::Error::NotFound { .. }) => None,
+            Err(e) => panic!("{name}: {e}"),
+        }
+    }
+
+    /// The names of all objects, in order.
+    pub async fn names(&self) -> Vec<String> {
+        let store = s3_bucket(&self.endpoint(), BUCKET);
+        let mut names: Vec<String> =
+            store.list(None).map(|object| object.unwrap().location.to_string()).collect().await;
+        names.sort();
+        names
+    }
+
+    /// Parts of objects that were neither put together nor taken back.
+    pub async fn parts(&self) -> usize {
+        // The gateway keeps them beside the objects.
+        let dir = self.dir.path().join(format!("data/{BUCKET}/.sgwtmp/multipart"));
+        std::fs::read_dir(dir).map_or(0, Iterator::count)
+    }
+
+    /// Starts it again, perhaps one that only reads.
+    pub fn restart(&mut self, read_only: bool) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let flags = if read_only { vec!["--readonly"] } else { Vec::new() };
+        self.child = versitygw(self.port, self.dir.path(), &flags);
     }
 }
 
@@ -318,7 +359,7 @@ async fn forward(
                 }
             }
             Fault::BytesPerSecond(rate) => {
-                tokio::time::sleep(Duration::from_secs_f64(n as f64 / rate as f64)).await;
+                tokio::time::sleep(Duration::from_micros((n * 1_000_000 / rate) as u64)).await;
             }
             Fault::Status(_) | Fault::Refuse => return Ok(()),
         }

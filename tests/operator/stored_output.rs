@@ -1,0 +1,476 @@
+//! Results in object stores: real servers, and what a user finds there, whatever goes wrong on the way.
+
+use gemini_batch_operator::api::{GeminiBatchJob, StoredObject, conditions};
+use gemini_simulator::{Config, Effect, Fault as Planted, Op, Switches};
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+
+use crate::harness::{Env, condition, counts, line, ready, spec, state, with_input};
+use crate::lifecycle::with;
+use crate::stores::{ACCESS_KEY, BUCKET, Fault, Proxy, SECRET_KEY, Server, s3_secret};
+
+/// Where the tests' results go, below [`BUCKET`].
+const PLACE: &str = "team/run";
+
+fn to_s3(mut spec: Value, endpoint: &str, place: &str) -> Value {
+    let uri = format!("s3://{BUCKET}/{place}");
+    spec["output"] =
+        json!({"objectStore": {"uri": uri, "credentialsRef": {"name": "store"}, "endpoint": endpoint}});
+    spec
+}
+
+async fn env_for(endpoint: &str, extra: &[&str]) -> Env {
+    let allowed = format!("--object-store-endpoints={endpoint}");
+    let flags: Vec<&str> = extra.iter().copied().chain([allowed.as_str()]).collect();
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &flags).await;
+    env.secret("store", &s3_secret()).await;
+    env
+}
+
+async fn with_s3() -> (Env, Server) {
+    let s3 = Server::s3();
+    (env_for(&s3.endpoint(), &[]).await, s3)
+}
+
+async fn with_proxy() -> (Env, Server, Proxy) {
+    let s3 = Server::s3();
+    let proxy = Proxy::before(&s3, Fault::None).await;
+    (env_for(&proxy.endpoint(), &[]).await, s3, proxy)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().fold(String::new(), |all, b| format!("{all}{b:02x}"))
+}
+
+async fn manifest(s3: &Server, place: &str) -> Value {
+    serde_json::from_slice(&s3.get(&format!("{place}/manifest.json")).await.expect("a manifest")).unwrap()
+}
+
+fn objects(job: &GeminiBatchJob) -> Vec<StoredObject> {
+    let output = job.status.as_ref().unwrap().output.as_ref().expect("an output");
+    output.object_store.as_ref().expect("objects").objects.clone()
+}
+
+/// What a reader finds who goes by the manifest: lines by the last part of the object's name. All that the status and
+/// the manifest say of the objects is true.
+async fn read(s3: &Server, place: &str, job: &GeminiBatchJob) -> Vec<(String, Vec<Value>)> {
+    let stored = objects(job);
+    assert_eq!(manifest(s3, place).await["objects"], json!(stored));
+    let mut all = Vec::new();
+    for object in stored {
+        let content = s3.get(&format!("{place}/{}", object.name)).await.expect(&object.name);
+        let lines: Vec<Value> = content
+            .split(|b| *b == b'\n')
+            .filter(|line| !line.is_empty())
+            .map(|line| serde_json::from_slice(line).unwrap_or_else(|_| json!(String::from_utf8_lossy(line))))
+            .collect();
+        assert_eq!((content.len() as i64, hex(&content)), (object.bytes, object.sha256), "{}", object.name);
+        assert_eq!(lines.len() as i64, object.lines);
+        let name = object.name.rsplit('/').next().unwrap().to_owned();
+        all.push((name, lines));
+    }
+    all
+}
+
+fn keys(lines: &[Value]) -> Vec<&str> {
+    lines.iter().map(|l| l["key"].as_str().unwrap()).collect()
+}
+
+async fn waits_for(env: &Env, name: &str, reason: &str) -> GeminiBatchJob {
+    env.until(name, &format!("waiting by {reason}"), |j| ready(j).1 == reason).await
+}
+
+// ------------------------------------------------------------------------------------------- as it should be
+
+#[tokio::test(flavor = "multi_thread")]
+async fn results_are_stored_in_input_order_with_all_that_belongs_to_them() {
+    let (env, s3) = with_s3().await;
+    env.operator().await;
+    let prompts = [
+        "a [[sim:shuffle]]",
+        "b [[sim:error=3]]",
+        "c [[sim:missing]]",
+        "d [[sim:duplicate]]",
+        "e [[sim:foreign=stranger]]",
+        "f",
+    ];
+    env.create("job", to_s3(spec(&prompts, None), &s3.endpoint(), PLACE)).await;
+    let job = env.cleaned("job").await;
+    assert_eq!((state(&job), counts(&job)), ("Succeeded", (6, 4, 2)), "{:?}", ready(&job));
+    let found = read(&s3, PLACE, &job).await;
+    let names: Vec<_> = found.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["results.jsonl", "errors.jsonl", "missing.jsonl", "unmatched.jsonl"]);
+    assert_eq!(keys(&found[0].1), ["k1", "k2", "k4", "k5", "k6"]);
+    assert_eq!((keys(&found[1].1), found[1].1[0]["error"]["code"].as_i64()), (vec!["k2"], Some(3)));
+    assert_eq!(keys(&found[2].1), ["k3"]);
+    let mut unmatched = keys(&found[3].1);
+    unmatched.sort_unstable();
+    assert_eq!(unmatched, ["k4", "stranger"]);
+
+    let manifest = manifest(&s3, PLACE).await;
+    let status = job.status.as_ref().unwrap();
+    let output = status.output.as_ref().unwrap();
+    assert_eq!(manifest["job"]["uid"], json!(job.metadata.uid));
+    assert_eq!(manifest["requests"], json!({"total": 6, "succeeded": 4, "failed": 1, "missing": 1}));
+    assert_eq!(manifest["usage"], json!(status.usage));
+    assert_eq!(manifest["resultFile"]["sha256"], json!(output.sha256));
+    assert_eq!(
+        output.object_store.as_ref().unwrap().manifest,
+        format!("s3://{BUCKET}/{PLACE}/manifest.json")
+    );
+    assert_eq!(output.config_map, None);
+    assert!(serde_json::to_string(&job.status).unwrap().len() < 16 << 10);
+    assert_eq!(s3.names().await.len(), 6, "four objects, the manifest and the reservation");
+}
+
+/// Larger than one part, in any order, and cut off on its way from Gemini.
+#[tokio::test(flavor = "multi_thread")]
+async fn large_results_are_streamed_and_lose_nothing() {
+    for ranges in [true, false] {
+        let (env, s3) = with_s3().await;
+        env.sim.set(Switches { download_ranges: ranges, ..Switches::default() });
+        env.sim.fault(Planted {
+            op: Op::Download,
+            contains: String::new(),
+            skip: 0,
+            times: 1,
+            effect: Effect::Truncate,
+        });
+        env.operator().await;
+        let lines: Vec<String> = (0..60)
+            .map(|i| {
+                let more = if i == 0 { " [[sim:shuffle]]" } else { "" };
+                line(&format!("k{i}"), &format!("[[sim:big=300000]]{more}"))
+            })
+            .collect();
+        env.config_map("in", &json!({"x": lines.join("\n")})).await;
+        let input = json!({"configMap": {"name": "in", "key": "x"}});
+        env.create("job", to_s3(with_input(input, None), &s3.endpoint(), PLACE)).await;
+        let job = env.cleaned("job").await;
+        assert_eq!((state(&job), counts(&job)), ("Succeeded", (60, 60, 0)), "{:?}", ready(&job));
+        let found = read(&s3, PLACE, &job).await;
+        let expected: Vec<String> = (0..60).map(|i| format!("k{i}")).collect();
+        assert_eq!(keys(&found[0].1), expected);
+        assert!(objects(&job)[0].bytes > 18_000_000);
+        assert_eq!(s3.parts().await, 0, "no parts are left over");
+        assert!(env.count(Op::Download) > 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn results_in_a_mapped_directory_are_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let mapped = format!("--mapped-output-directories=results={}", dir.path().display());
+    let env = Env::with(Config { speed: 600.0, ..Config::default() }, &[&mapped]).await;
+    env.operator().await;
+    let to = |uri: &str| with(spec(&["a", "b"], None), json!({"output": {"objectStore": {"uri": uri}}}));
+    env.create("job", to("file://results/team/run/")).await;
+    let job = env.cleaned("job").await;
+    assert_eq!(state(&job), "Succeeded", "{:?}", ready(&job));
+    let place = dir.path().join("team/run");
+    let manifest: Value =
+        serde_json::from_slice(&std::fs::read(place.join("manifest.json")).unwrap()).unwrap();
+    let object = &objects(&job)[0];
+    assert_eq!(manifest["objects"][0]["name"], json!(object.name));
+    let content = std::fs::read(place.join(&object.name)).unwrap();
+    assert_eq!((hex(&content), content.iter().filter(|b| **b == b'\n').count()), (object.sha256.clone(), 2));
+    // One that may only be read is none to write to.
+    env.create("other", to("file://inputs/x")).await;
+    let (_, _, message) = ready(&env.stalled("other", "StoreNotAllowed").await);
+    assert!(message.contains("--mapped-output-directories"), "{message}");
+    assert_eq!(env.sim.batches().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn further_attempts_are_merged_with_what_is_stored() {
+    let (env, s3) = with_s3().await;
+    env.operator().await;
+    let prompts = ["a", "b [[sim:error=14x1]]", "c [[sim:error=3]]", "d [[sim:duplicate]]"];
+    let more = json!({"retryPolicy": {"maxAttempts": 3}});
+    env.create("job", with(to_s3(spec(&prompts, None), &s3.endpoint(), PLACE), more)).await;
+    let job = env.cleaned("job").await;
+    assert_eq!((state(&job), counts(&job)), ("Succeeded", (4, 3, 1)), "{:?}", ready(&job));
+    assert_eq!(env.sim.batches().iter().map(|b| b.requests).collect::<Vec<_>>(), [4, 1]);
+    let found = read(&s3, PLACE, &job).await;
+    let told: Vec<_> = found[0]
+        .1
+        .iter()
+        .map(|l| (l["key"].as_str().unwrap(), l["attempt"].as_i64().unwrap(), l["error"].is_object()))
+        .collect();
+    assert_eq!(told, [("k1", 1, false), ("k2", 2, false), ("k3", 1, true), ("k4", 1, false)]);
+    let (name, lines) = found.last().unwrap();
+    assert_eq!((name.as_str(), keys(lines)), ("unmatched.jsonl", vec!["k4"]), "paid for, never thrown away");
+    assert_eq!(manifest(&s3, PLACE).await["attempt"], json!(2));
+    // What the first attempt left was read back from the store, not from Gemini.
+    assert_eq!(env.count(Op::Download), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dry_run_looks_at_the_output_as_well() {
+    let (env, mut s3) = with_s3().await;
+    s3.restart(true);
+    env.operator().await;
+    let dry = json!({"dryRun": true});
+    env.create("job", with(to_s3(spec(&["a"], None), &s3.endpoint(), PLACE), dry)).await;
+    env.stalled("job", "StoreAccessDenied").await;
+    s3.restart(false);
+    env.until("job", "validated", |j| {
+        condition(j, conditions::VALIDATED).is_some_and(|(status, ..)| status == "True")
+    })
+    .await;
+    assert_eq!(env.sim.batches().len(), 0);
+}
+
+// ----------------------------------------------------------------------------------- found out before it is paid
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_place_that_cannot_be_written_costs_nothing_and_is_used_once_it_can() {
+    let (env, mut s3) = with_s3().await;
+    env.operator().await;
+    s3.restart(true);
+    let job = |place: &str| to_s3(spec(&["a"], None), &s3.endpoint(), place);
+    env.create("read-only", job("read-only")).await;
+    let mut elsewhere = job("x");
+    elsewhere["output"]["objectStore"]["uri"] = json!("s3://no-such-bucket/x");
+    env.create("no-bucket", elsewhere).await;
+    let mut with_wrong_key = job("wrong-key");
+    with_wrong_key["output"]["objectStore"]["credentialsRef"]["name"] = json!("wrong");
+    env.secret("wrong", &json!({"accessKeyId": ACCESS_KEY, "secretAccessKey": "nonsense"})).await;
+    env.create("wrong-key", with_wrong_key).await;
+    for (name, reason, says) in [
+        ("read-only", "StoreAccessDenied", "read and write objects below that place"),
+        (
+            "no-bucket",
+            "OutputNotWritable",
+            "the bucket of s3://no-such-bucket/x/manifest.json does not exist",
+        ),
+        ("wrong-key", "StoreAccessDenied", "spec.output.objectStore.credentialsRef"),
+    ] {
+        let (_, _, message) = ready(&env.stalled(name, reason).await);
+        assert!(message.contains(says), "{name}: {message}");
+        assert!(!message.contains(SECRET_KEY) && !message.contains("nonsense"), "{message}");
+    }
+    assert_eq!((env.sim.batches().len(), env.sim.files().len()), (0, 0), "nothing was paid for");
+
+    s3.restart(false);
+    std::fs::create_dir_all(s3.dir.path().join("data/no-such-bucket")).unwrap();
+    env.secret("wrong", &s3_secret()).await;
+    for name in ["read-only", "no-bucket", "wrong-key"] {
+        assert_eq!(state(&env.cleaned(name).await), "Succeeded", "{name}");
+    }
+    assert_eq!(env.count(Op::BatchCreate), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_elses_place_is_ever_written_to() {
+    let (env, s3) = with_s3().await;
+    env.operator().await;
+    env.create("first", to_s3(spec(&["a"], None), &s3.endpoint(), PLACE)).await;
+    let first = env.cleaned("first").await;
+    let before = manifest(&s3, PLACE).await;
+    env.create("second", to_s3(spec(&["b"], None), &s3.endpoint(), &format!("{PLACE}/"))).await;
+    let (_, _, message) = ready(&env.stalled("second", "OutputConflict").await);
+    assert!(message.contains("another job, first") && message.contains("delete s3://"), "{message}");
+    // Nor by a job of the same name that is another one.
+    env.delete("first").await;
+    env.gone("first").await;
+    env.create("first", to_s3(spec(&["c"], None), &s3.endpoint(), PLACE)).await;
+    let (_, _, message) = ready(&env.stalled("first", "OutputConflict").await);
+    assert!(message.contains("an earlier job of the same name"), "{message}");
+    s3.put("not-ours/manifest.json", "{}").await;
+    env.create("third", to_s3(spec(&["d"], None), &s3.endpoint(), "not-ours")).await;
+    let (_, _, message) = ready(&env.stalled("third", "OutputConflict").await);
+    assert!(message.contains("not this operator's"), "{message}");
+    assert_eq!((manifest(&s3, PLACE).await, env.sim.batches().len()), (before, 1));
+    assert_eq!(s3.get("not-ours/manifest.json").await.unwrap(), b"{}");
+    read(&s3, PLACE, &first).await;
+
+    // Deleted because it is not needed any more: one of the two that want the place gets it.
+    s3.delete(&format!("{PLACE}/manifest.json")).await;
+    let winner = env.until("first", "done or still waiting", |j| state(j) == "Succeeded").await;
+    read(&s3, PLACE, &winner).await;
+    let (_, _, message) = ready(&env.stalled("second", "OutputConflict").await);
+    assert!(message.contains("first"), "{message}");
+    assert_eq!(env.count(Op::BatchCreate), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reservation_keeps_others_out_and_is_given_back() {
+    let (env, s3) = with_s3().await;
+    env.operator().await;
+    let held = with(to_s3(spec(&["a"], None), &s3.endpoint(), PLACE), json!({"dryRun": true}));
+    env.create("first", held).await;
+    env.until("first", "validated", |j| {
+        condition(j, conditions::VALIDATED).is_some_and(|(status, ..)| status == "True")
+    })
+    .await;
+    env.create("second", to_s3(spec(&["b"], None), &s3.endpoint(), PLACE)).await;
+    let (_, _, message) = ready(&env.stalled("second", "OutputConflict").await);
+    assert!(message.contains("reserved for another job, first"), "{message}");
+    env.delete("first").await;
+    env.gone("first").await;
+    assert_eq!(state(&env.cleaned("second").await), "Succeeded", "it goes on by itself");
+    assert_eq!(env.sim.batches().len(), 1);
+}
+
+// ------------------------------------------------------------------------------------ broken when results are there
+
+#[tokio::test(flavor = "multi_thread")]
+async fn paid_results_wait_for_a_broken_store_and_are_stored_once_it_is_back() {
+    for fault in [Fault::Status(503), Fault::Refuse, Fault::CutAfter(20), Fault::Status(403)] {
+        let (env, s3, proxy) = with_proxy().await;
+        env.operator().await;
+        let spec = to_s3(spec(&["a [[sim:work=600]]", "b"], None), &proxy.endpoint(), PLACE);
+        env.create("job", spec).await;
+        env.until("job", "running", |j| state(j) == "Running").await;
+        proxy.set(fault);
+        let batch = env.sim.batches()[0].name.clone();
+        assert!(env.sim.finish(&batch, gemini_simulator::Outcome::Succeeded));
+        let reason = if fault == Fault::Status(403) { "StoreAccessDenied" } else { "StoreUnavailable" };
+        let (_, _, message) = ready(&waits_for(&env, "job", reason).await);
+        assert!(message.contains("Gemini keeps the results"), "{fault:?}: {message}");
+        assert_eq!(s3.get(&format!("{PLACE}/manifest.json")).await, None);
+        proxy.set(Fault::None);
+        let job = env.cleaned("job").await;
+        assert_eq!((state(&job), counts(&job)), ("Succeeded", (2, 2, 0)), "{fault:?}: {:?}", ready(&job));
+        assert_eq!(keys(&read(&s3, PLACE, &job).await[0].1), ["k1", "k2"]);
+        assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (1, 1), "{fault:?}");
+    }
+}
+
+/// In the midst of a large object.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_fails_in_the_midst_of_it_gets_all_of_it_in_the_end() {
+    let (env, s3, proxy) = with_proxy().await;
+    env.operator().await;
+    let prompts: Vec<String> = (0..40).map(|_| "[[sim:big=300000]]".to_owned()).collect();
+    let prompts: Vec<&str> = prompts.iter().map(String::as_str).collect();
+    let seen = proxy.requests();
+    env.create("job", to_s3(spec(&prompts, None), &proxy.endpoint(), PLACE)).await;
+    // Pieces of 16 KiB: more than all that came before the first part.
+    crate::lifecycle::until("the first part on its way", || proxy.requests() > seen + 100).await;
+    proxy.set(Fault::Status(503));
+    waits_for(&env, "job", "StoreUnavailable").await;
+    proxy.set(Fault::BytesPerSecond(2000));
+    let job = env.cleaned("job").await;
+    assert_eq!((state(&job), counts(&job)), ("Succeeded", (40, 40, 0)), "{:?}", ready(&job));
+    assert_eq!(read(&s3, PLACE, &job).await[0].1.len(), 40);
+    assert_eq!(env.count(Op::BatchCreate), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_too_large_for_a_config_map_may_go_to_a_store() {
+    let (env, s3) = with_s3().await;
+    env.operator().await;
+    let prompts = ["[[sim:big=600000]]"; 3];
+    env.create("job", spec(&prompts, Some("out"))).await;
+    let (_, _, message) = ready(&env.stalled("job", "OutputTooLarge").await);
+    assert!(message.contains("spec.output.objectStore"), "{message}");
+    let output = to_s3(json!({}), &s3.endpoint(), PLACE)["output"].clone();
+    let mut patch = json!({"spec": {"output": output}});
+    patch["spec"]["output"]["configMap"] = Value::Null;
+    env.jobs()
+        .patch("job", &kube::api::PatchParams::default(), &kube::api::Patch::Merge(&patch))
+        .await
+        .unwrap();
+    let job = env.cleaned("job").await;
+    assert_eq!(state(&job), "Succeeded", "{:?}", ready(&job));
+    assert_eq!(read(&s3, PLACE, &job).await[0].1.len(), 3);
+    assert!(env.config_maps().get_opt("out").await.unwrap().is_none(), "the reservation is given back");
+    assert_eq!(env.count(Op::BatchCreate), 1);
+}
+
+// --------------------------------------------------------------------------------------------------- killed
+
+/// Dies at the step and starts again: the same result, paid once, and nothing is left over.
+async fn survives(at: &str) {
+    let (env, s3) = with_s3().await;
+    let mut first = env.spawn(Some(at));
+    let prompts = ["a", "b [[sim:error=3]]", "c [[sim:duplicate]]"];
+    env.create("job", to_s3(spec(&prompts, None), &s3.endpoint(), PLACE)).await;
+    first.ended().await;
+    let _second = env.spawn(None);
+    let job = env.cleaned("job").await;
+    assert_eq!((state(&job), counts(&job)), ("Succeeded", (3, 2, 1)), "{at}: {:?}", ready(&job));
+    assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (1, 1), "{at}");
+    let found = read(&s3, PLACE, &job).await;
+    let lines: Vec<_> = found.iter().map(|(name, lines)| (name.as_str(), keys(lines))).collect();
+    let expected: [(&str, Vec<&str>); 3] = [
+        ("results.jsonl", vec!["k1", "k2", "k3"]),
+        ("errors.jsonl", vec!["k2"]),
+        ("unmatched.jsonl", vec!["k3"]),
+    ];
+    assert_eq!(lines, expected, "{at}");
+    assert_eq!(s3.names().await.len(), 5, "{at}: nothing is left over: {:?}", s3.names().await);
+    let manifest = manifest(&s3, PLACE).await;
+    assert_eq!(manifest["unmatchedLines"]["duplicate"], json!(1), "{at}");
+    assert!(ready(&job).2.contains("1 lines repeat a key"), "{at}: {:?}", ready(&job));
+}
+
+macro_rules! at {
+    ($($name:ident: $step:literal),* $(,)?) => {$(
+        #[tokio::test(flavor = "multi_thread")]
+        async fn $name() {
+            survives($step).await;
+        }
+    )*};
+}
+
+at! {
+    killed_after_the_reservation: "after:ReserveOutput",
+    killed_when_the_place_is_claimed: "publish:claimed",
+    killed_after_the_results: "publish:results.jsonl",
+    killed_before_the_manifest: "publish:unmatched.jsonl",
+    killed_after_the_manifest: "publish:manifest.json",
+    killed_after_all_was_stored: "after:StoreResults",
+    killed_before_the_end_is_recorded: "before:Finished",
+}
+
+// ---------------------------------------------------------------------------------------------------- rules
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_meant_is_refused_at_once() {
+    let env = Env::new().await;
+    let input = |place: Value| {
+        let mut store = json!({"credentialsRef": {"name": "store"}});
+        store.as_object_mut().unwrap().extend(place.as_object().unwrap().clone());
+        with_input(json!({ "objectStore": store }), None)
+    };
+    let to = |spec: Value, uri: &str| with(spec, json!({"output": {"objectStore": {"uri": uri}}}));
+    let any = || spec(&["a"], None);
+    for (name, spec, says) in [
+        (
+            "both",
+            with(any(), json!({"output": {"configMap": {"name": "o"}, "objectStore": {"uri": "s3://b/o"}}})),
+            "exactly one of configMap and objectStore",
+        ),
+        ("neither", with(any(), json!({"output": {}})), "exactly one of configMap and objectStore"),
+        (
+            "delete",
+            with(any(), json!({"output": {"objectStore": {"uri": "s3://b/o"}, "retention": "Delete"}})),
+            "lifecycle rule",
+        ),
+        ("not-a-place", to(any(), "http://b/o"), "must be like s3://BUCKET/PATH"),
+        (
+            "below-its-input",
+            to(input(json!({"prefix": "s3://b/in/"})), "s3://b/in/out"),
+            "must be a place where",
+        ),
+        ("its-input", to(input(json!({"prefix": "s3://b/in/"})), "s3://b/in"), "must be a place where"),
+        (
+            "its-manifest",
+            to(input(json!({"uri": "s3://b/o/manifest.json"})), "s3://b/o/"),
+            "must be a place where",
+        ),
+    ] {
+        let refused = env.try_create(name, spec).await.unwrap_err().to_string();
+        assert!(refused.contains(says), "{name}: {refused}");
+    }
+    for (name, spec) in [
+        ("beside-its-input", to(input(json!({"prefix": "s3://b/in/"})), "s3://b/in-results")),
+        ("around-its-input", to(input(json!({"uri": "s3://b/run/in.jsonl"})), "s3://b/run")),
+        ("a-whole-bucket", to(any(), "az://account/box")),
+    ] {
+        env.try_create(name, spec).await.unwrap();
+    }
+}
