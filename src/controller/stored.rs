@@ -529,9 +529,9 @@ pub async fn observe(
         Waited::Done(Err(Failure::Problem { problem, seen })) => {
             memory.trouble = None;
             let next = after(ctx.clock.now(), ctx.timings.recheck / 2);
-            let (of, method, problem2) = (of.clone(), job.spec.method, problem.clone());
-            memory.stored_problem =
-                Some(Box::new(KnownProblem { of, method, problem: problem2, seen, next }));
+            let (of, method) = (of.clone(), job.spec.method);
+            let known = KnownProblem { of, method, problem: problem.clone(), seen, next };
+            memory.stored_problem = Some(Box::new(known));
             Some(Err(problem))
         }
         Waited::Done(Err(Failure::Passing(problem))) => {
