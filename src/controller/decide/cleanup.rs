@@ -52,8 +52,8 @@ fn contradiction(o: &Observed<'_>, a: &Attempt, callback: &Callback, now: Timest
 /// a finished job does not change any more. A file that can't be deleted expires by itself.
 fn leftovers(o: &Observed<'_>, now: Timestamp) -> Decision {
     // A job that Gemini refused for good gives its reservation back here: the refusal is recorded first.
-    let filled = output_filled(o.job);
-    if let Some(name) = output_name(o.job).filter(|_| !filled && !o.memory.cleanup.output_released) {
+    let empty = |name: &&str| !output_filled(o.job, name) && !o.memory.cleanup.output_released;
+    if let Some(name) = output_name(o.job).filter(empty) {
         return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
     }
     if let Some(decision) = current_attempt(o.job).and_then(|a| drop_input_file(o, a, now)) {
@@ -89,9 +89,10 @@ pub(super) fn drop_input_file(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> 
     })
 }
 
-/// Whether the output object holds results.
-pub(super) fn output_filled(job: &GeminiBatchJob) -> bool {
-    job.status.as_ref().and_then(|s| s.output.as_ref()).is_some_and(|o| o.config_map.is_some())
+/// Whether the output object of that name holds results.
+pub(super) fn output_filled(job: &GeminiBatchJob, name: &str) -> bool {
+    let output = job.status.as_ref().and_then(|s| s.output.as_ref());
+    output.is_some_and(|o| o.config_map.as_deref() == Some(name))
 }
 
 /// When a deletion does not wait any longer.

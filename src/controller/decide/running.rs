@@ -189,8 +189,8 @@ fn end(
         OutputObject::Reserved { name } => Some(name.as_str()),
         _ => output_name(o.job),
     };
-    let filled = output_filled(o.job);
-    if let (Some(name), None, false) = (reserved, stored, filled || o.memory.cleanup.output_released) {
+    let empty = |name: &&str| !output_filled(o.job, name) && !o.memory.cleanup.output_released;
+    if let (Some(name), None) = (reserved.filter(empty), stored) {
         return Decision::Act(Action::ReleaseOutput { name: name.to_owned() });
     }
     record(Change::Finished(Box::new(ending::ended(o.job, a, batch, collected, stored, hint))))
