@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::api::{GeminiBatchJob, ObjectStoreOutput, StoredOutput};
+use crate::api::{GeminiBatchJob, ObjectStoreOutput, OutputStatus, StoredOutput};
 
 /// Where results go.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,6 +22,18 @@ impl Destination {
             (Some(map), _) => Some(Self::ConfigMap(map.name.clone())),
             (None, Some(store)) => Some(Self::Store(store.clone())),
             (None, None) => None,
+        }
+    }
+
+    /// Whether a job's status names results there.
+    #[must_use]
+    pub fn is_in(&self, output: &OutputStatus) -> bool {
+        match self {
+            Self::ConfigMap(name) => output.config_map.as_ref() == Some(name),
+            Self::Store(store) => output.object_store.as_ref().is_some_and(|there| {
+                let place = there.manifest.strip_suffix("/manifest.json");
+                place == Some(store.uri.trim_end_matches('/'))
+            }),
         }
     }
 }

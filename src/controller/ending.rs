@@ -67,7 +67,9 @@ pub fn ended(
     let finished = batch.is_some_and(|b| b.state == BatchState::Succeeded)
         && collected.is_some_and(|c| c.unanswered_lines == 0);
     let verdict = if retry::was_whole(job) && !finished {
-        bettered_in_vain(a, batch, collected, counts)
+        let (state, reason, message) = bettered_in_vain(a, batch, collected, counts);
+        let elsewhere = if stored.is_none() { elsewhere(job, counts) } else { "" };
+        (state, reason, message + elsewhere)
     } else {
         verdict(a, batch, collected, counts)
     };
@@ -253,9 +255,22 @@ pub fn attempt_ended(
 fn by_counts(job: &GeminiBatchJob, counts: RequestCounts, what: &str) -> End {
     let counts = RequestCounts { failed: counts.total - counts.succeeded, pending: 0, ..counts };
     let message = format!("{}; {what}", tell(counts));
+    let message = message + elsewhere(job, counts);
     let (state, reason) = judge(counts);
     let (state, reason, message) = by_success_policy(job, counts, (state, reason, message));
     End { results: Results { requests: Some(counts), ..Results::default() }, ..bare(state, reason, message) }
+}
+
+/// What was stored under another name, or nowhere, before the output was changed stays there if no further batch ends.
+fn elsewhere(job: &GeminiBatchJob, counts: RequestCounts) -> &'static str {
+    let output = job.status.as_ref().and_then(|s| s.output.as_ref());
+    match Destination::of(job) {
+        Some(wanted) if counts.succeeded > 0 && !output.is_some_and(|o| wanted.is_in(o)) => {
+            "; spec.output was changed since, and the results are where status.output and \
+             status.attempts[].outcome.outputFile say"
+        }
+        _ => "",
+    }
 }
 
 /// By what became of the requests alone.

@@ -121,6 +121,7 @@ pub fn allowed_after(job: &GeminiBatchJob, tries: i32) -> bool {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use serde_json::json;
 
     use crate::api::ErrorCode;
 
@@ -172,6 +173,38 @@ mod tests {
         assert!(!Standing::Retryable.is_open(false) && !Standing::Failed.is_open(true));
     }
 
+    /// A job whose attempts ended so.
+    fn job(reasons: &[&str]) -> GeminiBatchJob {
+        let attempt = |(number, reason): (i32, &&str)| {
+            let outcome = json!({"reason": reason, "succeeded": 0, "failed": 0});
+            json!({"number": number, "sendId": "s", "displayName": "d", "inputFile": "f", "outcome": outcome,
+                "credentialFingerprint": "k", "intentTime": "2026-01-01T00:00:00.000000Z"})
+        };
+        serde_json::from_value(json!({
+            "apiVersion": "geminibatch.dev/v1alpha1", "kind": "GeminiBatchJob", "metadata": {"name": "job"},
+            "spec": {"model": "m", "retryPolicy": {"maxAttempts": 2}},
+            "status": {"attempts": (1..).zip(reasons).map(attempt).collect::<Vec<_>>()},
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn every_batch_is_a_try_unless_it_was_suspended() {
+        for (reasons, expected) in [
+            (&[][..], 0),
+            (&["RequestsFailed"], 1),
+            (&["Suspended", "BatchExpired"], 1),
+            (&["BatchFailed", "Suspended", "RequestsFailed", "Suspended"], 2),
+        ] {
+            let job = job(reasons);
+            assert_eq!(tries(&job), expected, "{reasons:?}");
+            assert_eq!(allowed_after(&job, tries(&job)), expected < 2);
+            assert_eq!(was_whole(&job), reasons.contains(&"RequestsFailed"));
+            let cut_short = reasons.iter().filter(|r| **r != "RequestsFailed").count();
+            assert_eq!(Judge::of(&job).cut_short.len(), cut_short);
+        }
+    }
+
     #[test]
     fn names_are_googles() {
         let names =
@@ -181,10 +214,10 @@ mod tests {
         let rest = ["UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED"];
         let all = names.into_iter().chain(more).chain(rest);
         for (number, name) in (1..).zip(all) {
-            let code: ErrorCode = serde_json::from_value(serde_json::json!(name)).unwrap();
+            let code: ErrorCode = serde_json::from_value(json!(name)).unwrap();
             assert_eq!(code.number(), number, "{name}");
         }
-        assert!(serde_json::from_value::<ErrorCode>(serde_json::json!("OK")).is_err());
+        assert!(serde_json::from_value::<ErrorCode>(json!("OK")).is_err());
     }
 
     fn line() -> impl Strategy<Value = (i32, Standing)> {

@@ -53,8 +53,8 @@ fn contradiction(o: &Observed<'_>, a: &Attempt, callback: &Callback, now: Timest
 /// a finished job does not change any more. A file that can't be deleted expires by itself.
 fn leftovers(o: &Observed<'_>, now: Timestamp) -> Decision {
     // A job that Gemini refused for good gives its reservation back here: the refusal is recorded first.
-    let filled = output_filled(o.job);
-    if let Some(name) = Destination::of(o.job).filter(|_| !filled && !o.memory.cleanup.output_released) {
+    let empty = |at: &Destination| !output_filled(o.job, at) && !o.memory.cleanup.output_released;
+    if let Some(name) = Destination::of(o.job).filter(empty) {
         return Decision::Act(Action::ReleaseOutput { name });
     }
     if let Some(decision) = current_attempt(o.job).and_then(|a| drop_input_file(o, a, now)) {
@@ -90,12 +90,9 @@ pub(super) fn drop_input_file(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> 
     })
 }
 
-/// Whether the output object holds results.
-pub(super) fn output_filled(job: &GeminiBatchJob) -> bool {
-    job.status
-        .as_ref()
-        .and_then(|s| s.output.as_ref())
-        .is_some_and(|o| o.config_map.is_some() || o.object_store.is_some())
+/// Whether results are there.
+pub(super) fn output_filled(job: &GeminiBatchJob, at: &Destination) -> bool {
+    job.status.as_ref().and_then(|s| s.output.as_ref()).is_some_and(|output| at.is_in(output))
 }
 
 /// When a deletion does not wait any longer.

@@ -194,8 +194,8 @@ fn end(
         OutputObject::Reserved { name } => Some(name.clone()),
         _ => Destination::of(o.job),
     };
-    let filled = output_filled(o.job);
-    if let (Some(name), None, false) = (reserved, stored, filled || o.memory.cleanup.output_released) {
+    let empty = |at: &Destination| !output_filled(o.job, at) && !o.memory.cleanup.output_released;
+    if let (Some(name), None) = (reserved.filter(empty), stored) {
         return Decision::Act(Action::ReleaseOutput { name });
     }
     record(Change::Finished(Box::new(ending::ended(o.job, a, batch, collected, stored, hint))))

@@ -72,6 +72,37 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
     prop::collection::vec(event, 1..40)
 }
 
+/// Batch after batch: what comes in between, and how it ends.
+fn rounds() -> impl Strategy<Value = Vec<Event>> {
+    use BatchState::{Cancelled, Expired, Failed, Succeeded};
+    let between = prop_oneof![
+        6 => Just(Event::Sweep),
+        2 => prop::option::weighted(0.8, 1i32..5).prop_map(Event::Retry),
+        1 => (0i32..4).prop_map(Event::BackoffLimit),
+        1 => any::<bool>().prop_map(|cancel| Event::Suspend(true, cancel)),
+        1 => Just(Event::Crash),
+        1 => (0u8..3).prop_map(Event::Output),
+        1 => prop::sample::select(vec![None, Some(1000), Some(5000)]).prop_map(Event::Deadline),
+    ];
+    let states = vec![Succeeded, Succeeded, Succeeded, Failed, Expired, Cancelled];
+    let turn = || Event::Turn { steps: STEPS, dies: false };
+    let round = (between.clone(), prop::sample::select(states), between, any::<bool>()).prop_map(
+        move |(before, state, after, dies)| {
+            let end = [turn(), before, turn(), Event::BatchEnds(state), Event::Sweep, turn()];
+            let collect =
+                [Event::Pass(400), Event::Turn { steps: STEPS, dies }, after, Event::Suspend(false, false)];
+            end.into_iter().chain(collect).collect::<Vec<_>>()
+        },
+    );
+    prop::collection::vec(round, 1..6).prop_map(|rounds| rounds.concat())
+}
+
+/// Most calls go well.
+fn good_outcomes() -> impl Strategy<Value = Vec<u8>> {
+    let outcome = prop_oneof![8 => Just(0u8), 3 => 1u8..4, 1 => any::<u8>()];
+    prop::collection::vec(outcome, 0..120)
+}
+
 const KEYS: [Option<&str>; 4] = [Some("k0"), Some("k1"), Some("k2"), None];
 
 /// Of two keys of one project each sees what the other one made.
@@ -161,7 +192,10 @@ impl World {
     fn facts(&self) -> Result<InputFacts, Problem> {
         let whole = self.case.input.clone()?;
         let count = self.to_send();
-        Ok(InputFacts { sha256: format!("{}/{count}", whole.whole_sha256), count, ..whole })
+        // The whole of it is what the first attempt was made of.
+        let all = whole.whole_sha256.clone();
+        let sha256 = if count == REQUESTS { all } else { format!("{all}/{count}") };
+        Ok(InputFacts { sha256, count, ..whole })
     }
 
     /// Requests that an attempt carries that begins now.
@@ -322,16 +356,17 @@ impl World {
 
     fn end_batches(&mut self, state: BatchState) {
         let some = i64::from(self.outcome(2));
-        let errors = i64::from(self.outcome(3));
+        // Of a batch that Gemini finished: one request failed, all did, or one has no line.
+        let (errors, missing) = [(0, 0), (1, 0), (REQUESTS, 0), (0, 1)][usize::from(self.outcome(4))];
         for b in self.batches.iter_mut().filter(|b| !b.batch.is_terminal()) {
             b.batch.state = state;
             b.failed = errors.min(b.requests);
-            b.answered = b.requests - b.failed;
+            b.answered = (b.requests - b.failed - missing).max(0);
             if state != BatchState::Succeeded {
                 (b.answered, b.failed) = (some.min(b.requests - 1), 0);
             }
-            let lines = b.answered + b.failed;
-            b.readable_from = if lines > 0 { self.now + RESULT_LAG } else { i64::MAX };
+            let file = b.answered + b.failed > 0 || state == BatchState::Succeeded;
+            b.readable_from = if file { self.now + RESULT_LAG } else { i64::MAX };
             if b.answered > 0 {
                 b.batch.stats = Some(crate::gemini::Stats { succeeded: b.answered, ..Default::default() });
             }
@@ -919,7 +954,10 @@ impl World {
             if b.batch.state == BatchState::Succeeded && b.answered > 0 {
                 assert_eq!(end.state, State::Succeeded, "results were lost: {}", end.reason);
                 let wanted = Destination::of(&self.case.job);
-                assert!(wanted.is_none() || self.stored == wanted, "results were not stored");
+                // Between two attempts there is nothing to store: it stays where it is.
+                let said = end.message.contains("results are where status.output");
+                let there = wanted.is_none() || self.stored == wanted;
+                assert!(there || said, "results were not stored: {}", end.message);
             }
         }
         assert!(!self.travels(), "ended while a create travels");
@@ -996,9 +1034,29 @@ proptest! {
         outcomes in prop::collection::vec(any::<u8>(), 0..60),
         output in 0u8..3,
         whose in prop_oneof![6 => Just(0u8), 1 => Just(1), 1 => Just(2)],
+        retry in prop::option::of(1i32..4),
     ) {
         let mut world = World::new(outcomes, output, whose);
+        world.happens(Event::Retry(retry));
         for event in events {
+            world.happens(event);
+        }
+        world.comes_to_an_end();
+    }
+
+    /// The same where little goes wrong, so that there are several attempts.
+    #[test]
+    fn attempt_after_attempt(
+        rounds in rounds(),
+        outcomes in good_outcomes(),
+        output in 0u8..3,
+        backoff in 0i32..4,
+        retry in prop::option::of(1i32..5),
+    ) {
+        let mut world = World::new(outcomes, output, 0);
+        world.happens(Event::BackoffLimit(backoff));
+        world.happens(Event::Retry(retry));
+        for event in rounds {
             world.happens(event);
         }
         world.comes_to_an_end();
