@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use gemini_batch_operator::api::{GeminiBatchJob, conditions};
 use gemini_simulator::{Config, Effect, Fault as Planted, Op, Outcome};
 use kube::api::{Patch, PatchParams};
@@ -9,7 +11,9 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use crate::harness::{Env, PATIENCE, condition, counts, line, ready, spec, state, with_input};
-use crate::stores::{ACCESS_KEY, BUCKET, Fault, Proxy, SECRET_KEY, Server, no_oauth, s3_secret};
+use crate::stores::{
+    ACCESS_KEY, AZURITE, AZURITE_KEY, BUCKET, Fault, Proxy, SECRET_KEY, Server, no_oauth, s3_secret,
+};
 
 /// A spec whose input lies in the S3 server.
 fn from_s3(place: &Value, endpoint: &str, output: Option<&str>) -> Value {
@@ -120,6 +124,46 @@ async fn an_object_in_cloud_storage_does_as_well() {
     gcs.put("many/b", lines(1..2)).await;
     gcs.put("many/a", lines(0..1)).await;
     env.create("many", with_input(input("prefix", &format!("gs://{BUCKET}/many/")), None)).await;
+    assert_eq!(sent_sha(&env.finished("many").await), hex(lines(0..2).as_bytes()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blob_in_azure_does_as_well() {
+    let az = Server::az().await;
+    let allowed = format!("http://127.0.0.1:{}", az.port);
+    let env = env_for(&allowed, &[]).await;
+    env.operator().await;
+    env.secret("azure", &json!({"accountKey": AZURITE_KEY})).await;
+    let wrong = STANDARD.encode("CANARY-wrong");
+    env.secret("wrong", &json!({"accountKey": wrong})).await;
+    az.put("team/in.jsonl", lines(0..3)).await;
+    let input = |place: &str, path: &str, secret: &str| {
+        let uri = format!("az://{AZURITE}/{path}");
+        json!({"objectStore": {place: uri, "credentialsRef": {"name": secret}, "endpoint": az.endpoint()}})
+    };
+    let object = input("uri", &format!("{BUCKET}/team/in.jsonl"), "azure");
+    env.create("job", with_input(object, Some("out"))).await;
+    let job = env.finished("job").await;
+    assert_eq!((state(&job), sent_sha(&job)), ("Succeeded", hex(lines(0..3).as_bytes()).as_str()));
+    assert_eq!(result_keys(&env).await, keys(0..3));
+    for (name, path, secret, reason, says) in [
+        ("no-blob", "inputs/nope", "azure", "InputNotFound", "inputs/nope does not exist"),
+        (
+            "no-container",
+            "nothing/x",
+            "azure",
+            "InputNotFound",
+            "the bucket of az://devstoreaccount1/nothing/x",
+        ),
+        ("wrong-key", "inputs/team/in.jsonl", "wrong", "StoreAccessDenied", "AuthorizationFailure"),
+    ] {
+        env.create(name, with_input(input("uri", path, secret), None)).await;
+        let (_, _, message) = ready(&env.stalled(name, reason).await);
+        assert!(message.contains(says) && !message.contains(&wrong), "{message}");
+    }
+    az.put("many/b", lines(1..2)).await;
+    az.put("many/a", lines(0..1)).await;
+    env.create("many", with_input(input("prefix", &format!("{BUCKET}/many/"), "azure"), None)).await;
     assert_eq!(sent_sha(&env.finished("many").await), hex(lines(0..2).as_bytes()));
 }
 
