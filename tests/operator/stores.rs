@@ -1,5 +1,5 @@
-//! Real object stores that tests start: an S3 server and a Cloud Storage server; and a proxy in front of one that fails
-//! as it is told.
+//! Real object stores that tests start: servers of S3, Cloud Storage and Blob Storage; and a proxy in front of one that
+//! fails as it is told.
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -7,14 +7,19 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use futures::StreamExt as _;
+use hmac::{Hmac, KeyInit as _, Mac as _};
 use object_store::aws::AmazonS3Builder;
+use object_store::azure::MicrosoftAzureBuilder;
 use object_store::client::{
     HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService,
 };
 use object_store::path::Path;
 use object_store::{ClientOptions, ObjectStore, ObjectStoreExt as _};
 use serde_json::{Value, json};
+use sha2::Sha256;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -24,15 +29,23 @@ pub const ACCESS_KEY: &str = "AKIATEST";
 pub const SECRET_KEY: &str = "s3cr3t-CANARY-key";
 pub const BUCKET: &str = "inputs";
 
+/// The account of Azurite, whose key is everybody's.
+pub const AZURITE: &str = "devstoreaccount1";
+pub const AZURITE_KEY: &str =
+    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==";
+
 /// A program of `hack/go-tool.sh`, built if need be.
 fn tool(name: &str) -> PathBuf {
-    let script = format!("{}/hack/go-tool.sh", env!("CARGO_MANIFEST_DIR"));
-    let out = Command::new(script)
-        .arg(name)
+    program("go-tool.sh", &[name])
+}
+
+fn program(script: &str, args: &[&str]) -> PathBuf {
+    let out = Command::new(format!("{}/hack/{script}", env!("CARGO_MANIFEST_DIR")))
+        .args(args)
         .stderr(Stdio::inherit())
         .output()
-        .expect("hack/go-tool.sh builds the servers; it needs bash and Go");
-    assert!(out.status.success(), "{name} could not be built: run `make test`, or see above");
+        .expect("hack/ has scripts that build the servers; they need bash, Go and Python");
+    assert!(out.status.success(), "{script} {args:?} failed: run `make test`, or see above");
     String::from_utf8(out.stdout).unwrap().trim().into()
 }
 
@@ -41,8 +54,14 @@ pub struct Server {
     child: Child,
     pub port: u16,
     pub dir: tempfile::TempDir,
-    /// Cloud Storage, instead of S3.
-    gcs: bool,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    S3,
+    Gcs,
+    Az,
 }
 
 impl Drop for Server {
@@ -95,7 +114,7 @@ impl Server {
         sub(&format!("data/{BUCKET}"));
         sub("meta");
         let child = versitygw(port, dir.path(), &[]);
-        Self { child, port, dir, gcs: false }
+        Self { child, port, dir, kind: Kind::S3 }
     }
 
     /// A Cloud Storage server with one bucket.
@@ -116,11 +135,46 @@ impl Server {
         let made =
             reqwest::Client::new().post(format!("{url}/storage/v1/b?project=p")).json(&bucket).send().await;
         assert!(made.unwrap().status().is_success());
-        Self { child, port, dir, gcs: true }
+        Self { child, port, dir, kind: Kind::Gcs }
+    }
+
+    /// A Blob Storage server with one container.
+    pub async fn az() -> Self {
+        let (dir, port) = (tempfile::tempdir().unwrap(), free_port());
+        let child = Command::new(program("azurite.sh", &[]))
+            .args(["--silent", "--disableTelemetry", "--skipApiVersionCheck", "--blobHost=127.0.0.1"])
+            .arg(format!("--blobPort={port}"))
+            .arg(format!("--location={}", dir.path().display()))
+            .current_dir(dir.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        listens(port, "azurite");
+        let server = Self { child, port, dir, kind: Kind::Az };
+        let date = jiff::Timestamp::now().strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
+        let headers = format!("x-ms-date:{date}\nx-ms-version:2023-11-03\n");
+        let signed =
+            format!("PUT{}{headers}/{AZURITE}/{AZURITE}/{BUCKET}\nrestype:container", "\n".repeat(12));
+        let mut mac = Hmac::<Sha256>::new_from_slice(&STANDARD.decode(AZURITE_KEY).unwrap()).unwrap();
+        mac.update(signed.as_bytes());
+        let signature = STANDARD.encode(mac.finalize().into_bytes());
+        let made = reqwest::Client::new()
+            .put(format!("{}/{BUCKET}?restype=container", server.endpoint()))
+            .header("x-ms-date", date)
+            .header("x-ms-version", "2023-11-03")
+            .header("authorization", format!("SharedKey {AZURITE}:{signature}"))
+            .header("content-length", "0")
+            .send()
+            .await
+            .unwrap();
+        assert!(made.status().is_success(), "{made:?}");
+        server
     }
 
     pub fn endpoint(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
+        let account = if matches!(self.kind, Kind::Az) { format!("/{AZURITE}") } else { String::new() };
+        format!("http://127.0.0.1:{}{account}", self.port)
     }
 
     pub async fn put(&self, name: &str, content: impl Into<Vec<u8>>) {
@@ -128,14 +182,26 @@ impl Server {
     }
 
     pub async fn put_into(&self, bucket: &str, name: &str, content: impl Into<Vec<u8>>) {
-        if self.gcs {
+        let store: Arc<dyn ObjectStore> = match self.kind {
+            Kind::S3 => s3_bucket(&self.endpoint(), bucket),
+            Kind::Az => Arc::new(
+                MicrosoftAzureBuilder::new()
+                    .with_account(AZURITE)
+                    .with_access_key(AZURITE_KEY)
+                    .with_endpoint(self.endpoint())
+                    .with_container_name(bucket)
+                    .with_http_connector(Plain)
+                    .build()
+                    .unwrap(),
+            ),
             // It does not know the call that `object_store` makes.
-            let url = format!("{}/upload/storage/v1/b/{bucket}/o", self.endpoint());
-            let put = reqwest::Client::new().post(url).query(&[("uploadType", "media"), ("name", name)]);
-            assert!(put.body(content.into()).send().await.unwrap().status().is_success());
-            return;
-        }
-        let store = s3_bucket(&self.endpoint(), bucket);
+            Kind::Gcs => {
+                let url = format!("{}/upload/storage/v1/b/{bucket}/o", self.endpoint());
+                let put = reqwest::Client::new().post(url).query(&[("uploadType", "media"), ("name", name)]);
+                assert!(put.body(content.into()).send().await.unwrap().status().is_success());
+                return;
+            }
+        };
         store.put(&Path::from(name), content.into().into()).await.unwrap();
     }
 
