@@ -330,7 +330,8 @@ async fn what_an_earlier_attempt_left_and_can_t_be_read_any_more_does_not_take_t
     let env = Env::with(Config { speed: 600.0, ..Config::default() }, &["--sweep-seconds=1"]).await;
     let timings = Timings { result_late: SignedDuration::from_secs(1), ..timings() };
     env.operator_with(timings).await;
-    let prompts = ["[[sim:partial]]", &format!("b {LONG}"), "c"];
+    // Both batches run until they are ended: the second one carries the last request only.
+    let prompts = ["[[sim:partial]]", &format!("b {LONG}"), &format!("c {LONG}")];
     env.create("job", with(spec(&prompts, None), json!({"backoffLimit": 1}))).await;
     until("the batch at work", || live(&env).iter().any(|b| b.state == "RUNNING")).await;
     running(&env, "job").await;
