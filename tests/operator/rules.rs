@@ -102,7 +102,7 @@ async fn specs_are_accepted_and_refused() {
         ),
         (changed(|s| s["credentials"]["secretRef"]["name"] = json!("Not OK")), "name of a Secret"),
         (changed(|s| s["output"] = json!({"configMap": {"name": "Not OK"}})), "name of an object"),
-        (changed(|s| s["output"] = json!({})), "spec.output needs a destination"),
+        (changed(|s| s["output"] = json!({})), "spec.output needs exactly one of configMap and objectStore"),
         (
             changed(|s| s["input"] = json!({"configMap": {"name": "out", "key": "x"}})),
             "must not be the ConfigMap that spec.input.configMap reads from",
