@@ -169,9 +169,9 @@ fn fails_for_now(request: &Request, text: &str, tries: &mut Tries) -> Option<Val
     let (code, times) = value.split_once('x')?;
     let (code, times): (i32, u32) = (code.parse().ok()?, times.parse().ok()?);
     let label = request.label.as_ref().map_or(Value::Null, |(_, label)| label.clone());
-    let tried = tries.entry(hash(format!("{label} {}", request.request).as_bytes())).or_default();
-    *tried += 1;
-    (*tried <= times)
+    let count = tries.entry(hash(format!("{label} {}", request.request).as_bytes())).or_default();
+    *count += 1;
+    (*count <= times)
         .then(|| json!({"error": {"code": code, "message": "The request could not be answered."}}))
 }
 

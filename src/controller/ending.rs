@@ -160,8 +160,7 @@ pub fn limit_reached(job: &GeminiBatchJob, a: &Attempt) -> Option<End> {
 #[must_use]
 pub fn nothing_missing(job: &GeminiBatchJob) -> End {
     let counts = job.status.as_ref().and_then(|s| s.requests).unwrap_or_default();
-    let message = "no request is left for a further attempt".to_owned();
-    by_counts(job, counts, message)
+    by_counts(job, counts, "no request is left for a further attempt")
 }
 
 /// Why the operator wanted the batch cancelled, if it did.
@@ -250,7 +249,7 @@ pub fn attempt_ended(
 }
 
 /// The end of a job that has all the results that it will have, as far as requests go.
-fn by_counts(job: &GeminiBatchJob, counts: RequestCounts, what: String) -> End {
+fn by_counts(job: &GeminiBatchJob, counts: RequestCounts, what: &str) -> End {
     let counts = RequestCounts { failed: counts.total - counts.succeeded, pending: 0, ..counts };
     let message = format!("{}; {what}", tell(counts));
     let (state, reason) = judge(counts);
@@ -281,7 +280,7 @@ fn tell(counts: RequestCounts) -> String {
 pub fn stopped(job: &GeminiBatchJob, state: State, reason: Reason, message: String) -> End {
     let counts = job.status.as_ref().and_then(|s| s.requests);
     if let Some(counts) = counts.filter(|_| retry::was_whole(job)) {
-        return by_counts(job, counts, message);
+        return by_counts(job, counts, &message);
     }
     let requests = counts.map(|c| RequestCounts { failed: c.total - c.succeeded, pending: 0, ..c });
     End { results: Results { requests, ..Results::default() }, ..bare(state, reason, message) }

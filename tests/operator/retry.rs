@@ -228,10 +228,15 @@ async fn a_batch_that_follows_an_expired_one_carries_its_failed_requests_too() {
 async fn an_expired_batch_is_the_matter_of_another_limit() {
     let env = started().await;
     let prompts = ["[[sim:job=expire]] [[sim:partial]]", "b [[sim:error=14]]", "c", "d"];
+    // As many tries as there were: the next batch carries what is missing, and nothing that failed.
+    let both = json!({"backoffLimit": 1, "retryPolicy": {"maxAttempts": 1}});
+    env.create("both", with(spec(&prompts, None), both)).await;
+    assert_eq!(counts(&env.cleaned("both").await), (4, 3, 1));
+    assert_eq!(carried(&env), [4, 2]);
     env.create("job", retry(spec(&prompts, Some("out")), 5)).await;
     let job = env.cleaned("job").await;
     assert_eq!(end(&job), ("Failed", "BatchExpired".to_owned(), (4, 1, 3)));
-    assert_eq!(carried(&env), [4]);
+    assert_eq!(carried(&env), [4, 2, 4]);
     assert_eq!(told(&results(&env).await), [("k1", None, None), ("k2", None, Some(14))]);
 }
 

@@ -46,7 +46,7 @@ async fn specs_are_accepted_and_refused() {
         changed(|s| s["backoffLimit"] = json!(9)),
         changed(|s| s["retryPolicy"] = json!({"maxAttempts": 1})),
         changed(|s| {
-            s["retryPolicy"] = json!({"maxAttempts": 10, "codes": ["UNAVAILABLE", "UNKNOWN", "CANCELLED"]})
+            s["retryPolicy"] = json!({"maxAttempts": 10, "codes": ["UNAVAILABLE", "UNKNOWN", "CANCELLED"]});
         }),
         changed(|s| s["activeDeadlineSeconds"] = json!(1)),
         changed(|s| s["deletionTimeoutSeconds"] = json!(86_400)),
