@@ -15,7 +15,6 @@ use super::decide::{self, Action};
 use super::destination::{Destination, Placed};
 use super::gather::{Halt, Order, aside, no_room};
 use super::input::{Carried, Input};
-use super::join::What;
 use super::memory::{
     Absent, KeyRefused, Memory, NamespaceSeen, OutputObject, Probe, Refused, Remote, Search, Send, Stage,
     Stored, Tries, Trouble, after,
@@ -710,7 +709,7 @@ impl Step<'_> {
         let manifest = output::manifest(self.job, collected, counts);
         let done = match name {
             Destination::ConfigMap(map) => {
-                let text = match text(kept) {
+                let text = match output::text(kept) {
                     Ok(text) => text,
                     Err(e) => {
                         self.passes(memory, no_room(&e));
@@ -1010,15 +1009,6 @@ impl Step<'_> {
             None => self.trouble(memory, what, error),
         }
     }
-}
-
-/// Lines for a `ConfigMap`.
-fn text(kept: &Kept) -> std::io::Result<output::Text> {
-    Ok(output::Text {
-        results: kept.text(What::Results)?,
-        missing: kept.text(What::Missing)?,
-        unmatched: kept.text(What::Unmatched)?,
-    })
 }
 
 fn set_stage(memory: &mut Memory, attempt: &Attempt, stage: Stage) {

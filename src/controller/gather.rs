@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::collect::{Collected, Kept, Lines};
 use super::destination::Destination;
 use super::identity::hex;
-use super::join::{Join, Keep, Limits, What};
+use super::join::{Join, Keep, Limits};
 use super::retry::Judge;
 use super::run::Context;
 use super::stored::{self, Failure};
@@ -143,15 +143,8 @@ impl Order {
     fn lines(&self, kept: Kept) -> io::Result<Lines> {
         match Destination::of(&self.job) {
             None => Ok(Lines::Dropped),
-            Some(Destination::Store(_)) => Ok(Lines::Kept(kept)),
-            Some(Destination::ConfigMap(_)) => {
-                let bytes = kept.bytes(&[What::Results, What::Missing, What::Unmatched])?;
-                Ok(if bytes > output::MAX_LINES_BYTES as u64 {
-                    Lines::TooLarge { bytes: i64::try_from(bytes).unwrap_or(i64::MAX) }
-                } else {
-                    Lines::Kept(kept)
-                })
-            }
+            Some(Destination::Store(_)) => kept.within(None),
+            Some(Destination::ConfigMap(_)) => kept.within(Some(output::MAX_LINES_BYTES)),
         }
     }
 

@@ -14,7 +14,8 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::Problem;
-use super::collect::Collected;
+use super::collect::{Collected, Kept};
+use super::join::What;
 use crate::api::{
     CONTROLLER_MANAGER, GeminiBatchJob, JOB_NAME_ANNOTATION, JOB_UID_ANNOTATION, Reason, RequestCounts,
     Retention,
@@ -67,6 +68,15 @@ pub struct Text {
     pub missing: String,
     /// Lines that repeat a key, have one that was not sent, or can't be read, as they came.
     pub unmatched: String,
+}
+
+/// Lines for a `ConfigMap`, which are few.
+pub fn text(kept: &Kept) -> std::io::Result<Text> {
+    Ok(Text {
+        results: kept.text(What::Results)?,
+        missing: kept.text(What::Missing)?,
+        unmatched: kept.text(What::Unmatched)?,
+    })
 }
 
 /// Writes the results.
