@@ -136,7 +136,7 @@ impl Store {
     }
 }
 
-fn expected_version<'a>(expect: Expect<'a>) -> Option<&'a Version> {
+fn expected_version(expect: Expect<'_>) -> Option<&Version> {
     match expect {
         Expect::Absent => None,
         Expect::Same(version) => Some(version),

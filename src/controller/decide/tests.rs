@@ -880,22 +880,14 @@ fn the_file_of_a_refused_send_serves_the_next_one_if_it_is_the_same() {
             .attempt(|a| a.input_file = "files/old".to_owned())
             .at(59)
     ));
-    for (what, case) in [
-        ("another key", quota().key("other")),
-        ("another input", quota().other_input().at(59)),
-        ("too old", quota().at(40 * 3600 - 1)),
-        (
-            "never uploaded",
-            quota().attempt(|a| a.refusal = Some(refusal(Upload, Reason::WaitingForQuota))).at(59),
-        ),
-        ("gone", quota().attempt(|a| a.refusal = Some(refusal(Create, Reason::InputFileNotFound))).at(59)),
-        (
-            "with a refused key",
-            quota().attempt(|a| a.refusal = Some(refusal(Create, Reason::CredentialsRefused))).key("other"),
-        ),
-    ] {
-        assert!(!reuses(case), "{what}");
-    }
+    let not_reused = |what: &str, case: Case| assert!(!reuses(case), "{what}");
+    not_reused("another key", quota().key("other"));
+    not_reused("another input", quota().other_input().at(59));
+    not_reused("too old", quota().at(40 * 3600 - 1));
+    let refused_by = |call, reason| quota().attempt(move |a| a.refusal = Some(refusal(call, reason)));
+    not_reused("never uploaded", refused_by(Upload, Reason::WaitingForQuota).at(59));
+    not_reused("gone", refused_by(Create, Reason::InputFileNotFound).at(59));
+    not_reused("with a refused key", refused_by(Create, Reason::CredentialsRefused).key("other"));
     let next = quota().at(59).intent();
     assert_eq!((next.number, next.refusals, next.refusal), (1, Some(1), None), "refusals are counted on");
     // The same send id would be the same name at Gemini.

@@ -115,7 +115,7 @@ impl Model {
     }
 
     fn finish(&mut self) {
-        self.counts.keys = if self.joined { self.keys.len() as i64 } else { 0 };
+        self.counts.keys = if self.joined { i64::try_from(self.keys.len()).unwrap() } else { 0 };
         for key in &self.keys {
             let Some(Of { attempt, standing, text, .. }) = self.found.get(key) else {
                 self.counts.missing += 1;
@@ -135,7 +135,7 @@ impl Model {
             self.counts.unanswered += i64::from(*standing == Standing::Unanswered);
             if self.counts.failed_sample.len() < SAMPLE {
                 let code = serde_json::from_str::<Value>(text).unwrap()["error"]["code"].as_i64();
-                self.counts.failed_sample.push((key.clone(), code.map(|c| c as i32)));
+                self.counts.failed_sample.push((key.clone(), code.map(|c| i32::try_from(c).unwrap())));
             }
         }
     }
@@ -150,7 +150,7 @@ impl Model {
             }
             What::Missing => {
                 let missing = self.keys.iter().filter(|key| self.joined && !self.found.contains_key(*key));
-                missing.map(|key| format!("{}\n", json!({"key": key}))).collect()
+                missing.map(|key| with_break(&json!({"key": key}).to_string())).collect()
             }
             What::Unmatched => {
                 self.lines.iter().filter(|(_, loose)| *loose).map(|(raw, _)| with_break(raw)).collect()
