@@ -25,11 +25,10 @@ printf 'pub mod api;\npub mod gemini;\npub mod store;\n' >"$tree/base/lib.rs"
   section dependencies
 } >"$tree/base/Cargo.toml"
 
-modules='collect|decide|ending|identity|keys|memory|report'
+modules='collect|decide|destination|ending|identity|join|keys|memory|report|retry'
 for module in ${modules//|/ }; do
-  cp "src/controller/$module.rs" "$tree/src/controller/"
+  cp -r "src/controller/$module"* "$tree/src/controller/"
 done
-cp -r src/controller/decide "$tree/src/controller/"
 sed -E "/^pub mod /{/ ($modules);/!d}" src/controller/mod.rs >"$tree/src/controller/mod.rs"
 printf 'pub use base::{api, gemini, store};\npub mod controller;\n' >"$tree/src/lib.rs"
 {

@@ -244,8 +244,8 @@ pub struct RunArgs {
     pub mapped_output_directories: Vec<(String, PathBuf)>,
 
     /// Bytes of results that may lie in the temporary directory (TMPDIR) at the same time, while they are joined with their
-    /// requests. A result file takes as much as its size and about 100 bytes for each request. Default: 16 GiB.
-    #[arg(long, env = "GBO_TEMPORARY_BYTES", default_value_t = 16 << 30)]
+    /// requests. A result file takes as much as its size and about 200 bytes for each request. Default: 8 GiB.
+    #[arg(long, env = "GBO_TEMPORARY_BYTES", default_value_t = 8 << 30)]
     pub temporary_bytes: u64,
 
     /// How many batches of one API key the operator lets be active at once; further jobs wait, first come first

@@ -626,7 +626,7 @@ impl Step<'_> {
                 }
                 Err(Halt::Gemini { what, error }) => self.trouble(memory, what, &error),
                 Err(Halt::Passing(problem)) => {
-                    let problem = self.with_time_left(&problem, memory);
+                    let problem = with_time_left(&problem, memory);
                     self.passes(memory, problem);
                 }
             }
@@ -672,7 +672,7 @@ impl Step<'_> {
                 }
                 output_store::Done::Blocked(problem) => self.blocked(name, problem),
                 output_store::Done::Passing(problem) => {
-                    let problem = self.with_time_left(&problem, memory);
+                    let problem = with_time_left(&problem, memory);
                     self.passes(memory, problem);
                     OutputObject::Unknown
                 }
@@ -748,7 +748,7 @@ impl Step<'_> {
                 }
                 output_store::Done::Blocked(problem) => return Ok(Some(Err(problem))),
                 output_store::Done::Passing(problem) => {
-                    let problem = self.with_time_left(&problem, memory);
+                    let problem = with_time_left(&problem, memory);
                     self.passes(memory, problem);
                     // Others need the room as well. The place is looked at first then, before all is read again.
                     if memory.trouble.as_ref().is_some_and(|t| t.failures >= HELD_TRIES) {
@@ -766,13 +766,6 @@ impl Step<'_> {
             Waited::Queued => memory.transfer = Some(stored::queued(self.ctx, "the results wait")),
         }
         Ok(None)
-    }
-
-    fn with_time_left(&self, problem: &Problem, memory: &Memory) -> Problem {
-        match &memory.remote {
-            Some(Remote::Seen(batch)) if batch.is_terminal() => ending::kept_at_gemini(problem, Some(batch)),
-            _ => problem.clone(),
-        }
     }
 
     /// Something other than Gemini fails for now: tried again with growing pauses.
@@ -991,6 +984,14 @@ impl Step<'_> {
             }
             None => self.trouble(memory, what, error),
         }
+    }
+}
+
+/// With results at stake: until when there is time.
+fn with_time_left(problem: &Problem, memory: &Memory) -> Problem {
+    match &memory.remote {
+        Some(Remote::Seen(batch)) if batch.is_terminal() => ending::kept_at_gemini(problem, Some(batch)),
+        _ => problem.clone(),
     }
 }
 

@@ -182,7 +182,7 @@ impl Shelf {
 
     fn path(&self, name: &str) -> Path {
         // Joined part by part, since a slash within one would be encoded.
-        name.split('/').fold(self.root.path.clone(), |path, part| path.join(part))
+        name.split('/').fold(self.root.path.clone(), Path::join)
     }
 
     async fn fetch(&self, name: &str) -> Result<Option<(Bytes, Version)>, Failure> {
@@ -322,9 +322,9 @@ pub async fn reserve(
     at: &ObjectStoreOutput,
 ) -> Result<Done<()>, kube::Error> {
     in_time(async {
-        let shelf = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
-        let manifest = shelf.manifest().await?;
-        shelf.claim(manifest.as_ref().map(|(m, _)| m), None).await
+        let place = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
+        let manifest = place.manifest().await?;
+        place.claim(manifest.as_ref().map(|(m, _)| m), None).await
     })
     .await
 }
@@ -337,17 +337,17 @@ pub async fn release(
     at: &ObjectStoreOutput,
 ) -> Result<Done<()>, kube::Error> {
     in_time(async {
-        let shelf = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
-        if shelf.manifest().await?.is_some() {
+        let place = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
+        if place.manifest().await?.is_some() {
             return Ok(());
         }
-        let there = shelf.fetch(RESERVATION).await?;
+        let there = place.fetch(RESERVATION).await?;
         let there = there.and_then(|(content, _)| serde_json::from_slice::<Reservation>(&content).ok());
-        if let Some(there) = there.filter(|there| there.job.uid == shelf.owner.uid) {
+        if let Some(there) = there.filter(|there| there.job.uid == place.owner.uid) {
             if let Some(left) = there.writing {
-                shelf.clear(&left, None).await;
+                place.clear(&left, None).await;
             }
-            shelf.store.delete(&shelf.path(RESERVATION)).await.map_err(|e| failure(&e))?;
+            place.store.delete(&place.path(RESERVATION)).await.map_err(|e| failure(&e))?;
         }
         Ok(())
     })
@@ -374,8 +374,8 @@ pub async fn published(
     job: &GeminiBatchJob,
     at: &ObjectStoreOutput,
 ) -> Result<Option<Published>, Failure> {
-    let shelf = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
-    let Some((manifest, _)) = shelf.manifest().await? else { return Ok(None) };
+    let place = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
+    let Some((manifest, _)) = place.manifest().await? else { return Ok(None) };
     let mut found = Vec::new();
     for name in ["results.jsonl", "unmatched.jsonl"] {
         let stored = manifest.objects.iter().find(|o| o.name.rsplit('/').next() == Some(name));
@@ -383,7 +383,7 @@ pub async fn published(
             found.push(None);
             continue;
         };
-        match shelf.store.head(&shelf.path(&stored.name)).await {
+        match place.store.head(&place.path(&stored.name)).await {
             Ok(object) if i64::try_from(object.size).is_ok_and(|size| size == stored.bytes) => {
                 found.push(Some(object));
             }
@@ -397,7 +397,7 @@ pub async fn published(
     let results = found.pop().flatten();
     let LineCounts { duplicate, foreign, malformed } = manifest.unmatched_lines;
     Ok(Some(Published {
-        store: shelf.store,
+        store: place.store,
         attempt: manifest.attempt,
         results,
         unmatched,
@@ -433,28 +433,28 @@ impl Delivery {
     }
 
     async fn publish(&self) -> Result<StoredOutput, Failure> {
-        let shelf = Shelf::open(&self.ctx.client, &self.ctx.stores, &self.job, &self.at).await?;
-        let before = shelf.manifest().await?;
+        let place = Shelf::open(&self.ctx.client, &self.ctx.stores, &self.job, &self.at).await?;
+        let before = place.manifest().await?;
         let stored = |manifest: Manifest| StoredOutput {
-            manifest: shelf.store.uri(&shelf.path(MANIFEST_KEY)),
+            manifest: place.store.uri(&place.path(MANIFEST_KEY)),
             objects: manifest.objects,
         };
         // Published already, by a process that did not come to write it down.
         if let Some((manifest, _)) = before.clone().filter(|(m, _)| m.attempt >= self.attempt)
-            && self.is_whole(&shelf, &manifest).await?
+            && self.is_whole(&place, &manifest).await?
         {
             return Ok(stored(manifest));
         }
         let published = before.as_ref().map(|(manifest, _)| manifest);
-        let writing = format!("{}-{}-{}", shelf.owner.uid, self.attempt, identity::new_send_id());
-        shelf.claim(published, Some(&writing)).await?;
+        let writing = format!("{}-{}-{}", place.owner.uid, self.attempt, identity::new_send_id());
+        place.claim(published, Some(&writing)).await?;
         crash::at("publish", "claimed");
         let mut objects = Vec::new();
         for (what, name) in KINDS {
-            match self.object(&shelf, what, &format!("{writing}/{name}")).await {
+            match self.object(&place, what, &format!("{writing}/{name}")).await {
                 Ok(object) => objects.extend(object),
                 Err(failure) => {
-                    shelf.clear(&writing, None).await;
+                    place.clear(&writing, None).await;
                     return Err(failure);
                 }
             }
@@ -463,28 +463,28 @@ impl Delivery {
         let mut content = self.manifest.clone();
         content["objects"] = json!(objects);
         let expect = before.as_ref().map_or(Expect::Absent, |(_, version)| Expect::Same(version));
-        let put = shelf.put(MANIFEST_KEY, &content, expect).await;
+        let put = place.put(MANIFEST_KEY, &content, expect).await;
         crash::at("publish", MANIFEST_KEY);
         // Whatever the answer was: what stands there counts.
-        let there = shelf.manifest().await?;
+        let there = place.manifest().await?;
         match there {
             Some((manifest, _)) if manifest.objects == objects => Ok(stored(manifest)),
             // Another process was faster.
             Some((manifest, _)) if manifest.attempt >= self.attempt => {
-                shelf.clear(&writing, Some(&manifest)).await;
+                place.clear(&writing, Some(&manifest)).await;
                 Ok(stored(manifest))
             }
             _ => {
-                shelf.clear(&writing, None).await;
+                place.clear(&writing, None).await;
                 Err(put.err().unwrap_or(Failure::Changed))
             }
         }
     }
 
     /// Whether all that the manifest names is there.
-    async fn is_whole(&self, shelf: &Shelf, manifest: &Manifest) -> Result<bool, Failure> {
+    async fn is_whole(&self, place: &Shelf, manifest: &Manifest) -> Result<bool, Failure> {
         for object in &manifest.objects {
-            match shelf.store.head(&shelf.path(&object.name)).await {
+            match place.store.head(&place.path(&object.name)).await {
                 Ok(there) if i64::try_from(there.size).is_ok_and(|size| size == object.bytes) => {}
                 Ok(_) => return Ok(false),
                 Err(e) if e.kind == Kind::NotFound => return Ok(false),
@@ -495,14 +495,14 @@ impl Delivery {
     }
 
     /// Writes the lines of one kind; no object, if there are none, unless they are the results.
-    async fn object(&self, shelf: &Shelf, what: What, name: &str) -> Result<Option<StoredObject>, Failure> {
+    async fn object(&self, place: &Shelf, what: What, name: &str) -> Result<Option<StoredObject>, Failure> {
         let mut stream = self.kept.0.stream(what);
         let mut next = || stream.next(CHUNK_BYTES).map_err(|e| Failure::Passing(no_room(&e)));
         let mut chunk = next()?;
         if chunk.is_none() && what != What::Results {
             return Ok(None);
         }
-        let mut writer = shelf.store.write(&shelf.path(name));
+        let mut writer = place.store.write(&place.path(name));
         let written = async {
             while let Some(bytes) = chunk.take() {
                 writer.write(&bytes).await.map_err(|e| failure(&e))?;

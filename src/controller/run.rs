@@ -777,7 +777,7 @@ async fn drive(
                 };
                 let long =
                     matches!(action, decide::Action::UploadInput { .. } | decide::Action::Collect { .. });
-                step.take(&action, memory).await?;
+                Box::pin(step.take(&action, memory)).await?;
                 crash::at("after", step_name);
                 if memory.stored.is_none() && matches!(input, Some(Ok(Carried::Stored(_)))) {
                     input = None; // it has changed

@@ -361,12 +361,11 @@ impl Reading {
     }
 
     async fn step(&mut self) -> Result<Option<Bytes>, Error> {
-        let stream = match &mut self.stream {
-            Some(stream) => stream,
-            None => {
-                let stream = self.client.download_from(&self.key, &self.name, self.at).await?;
-                self.stream.insert(stream)
-            }
+        let stream = if let Some(stream) = &mut self.stream {
+            stream
+        } else {
+            let stream = self.client.download_from(&self.key, &self.name, self.at).await?;
+            self.stream.insert(stream)
         };
         match tokio::time::timeout(self.client.config.idle_timeout, stream.next()).await {
             Ok(chunk) => chunk.transpose(),

@@ -69,7 +69,7 @@ impl MappedDirectory {
 pub(super) struct Draft {
     directory: OwnedFd,
     file: Option<File>,
-    draft: String,
+    hidden: String,
     name: String,
 }
 
@@ -90,7 +90,7 @@ impl Draft {
         if let Some(file) = &self.file {
             file.sync_all()?;
         }
-        renameat(&self.directory, &self.draft, &self.directory, &self.name)?;
+        renameat(&self.directory, &self.hidden, &self.directory, &self.name)?;
         Ok(())
     }
 
@@ -99,7 +99,7 @@ impl Draft {
         if let Some(file) = &self.file {
             file.sync_all()?;
         }
-        match linkat(&self.directory, &self.draft, &self.directory, &self.name, AtFlags::empty()) {
+        match linkat(&self.directory, &self.hidden, &self.directory, &self.name, AtFlags::empty()) {
             Ok(()) => Ok(true),
             Err(Errno::EXIST) => Ok(false),
             Err(e) => Err(e.into()),
@@ -110,7 +110,7 @@ impl Draft {
 impl Drop for Draft {
     fn drop(&mut self) {
         // Gone already, if it has its name.
-        let _ = unlinkat(&self.directory, &self.draft, AtFlags::empty());
+        let _ = unlinkat(&self.directory, &self.hidden, AtFlags::empty());
     }
 }
 
@@ -184,10 +184,10 @@ fn begin(root: &std::path::Path, path: &Path) -> io::Result<Draft> {
         }
         directory = directory_below(&directory, part)?;
     }
-    let draft = format!(".{:016x}.part", rand::rng().random::<u64>());
+    let hidden = format!(".{:016x}.part", rand::rng().random::<u64>());
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file = File::from(openat(&directory, &draft, flags, Mode::from_raw_mode(0o640))?);
-    Ok(Draft { directory, file: Some(file), draft, name })
+    let file = File::from(openat(&directory, &hidden, flags, Mode::from_raw_mode(0o640))?);
+    Ok(Draft { directory, file: Some(file), hidden, name })
 }
 
 fn split(path: &Path) -> io::Result<(Path, String)> {
@@ -195,7 +195,7 @@ fn split(path: &Path) -> io::Result<(Path, String)> {
     let Some((name, directories)) = parts.split_last() else {
         return Err(io::Error::from(io::ErrorKind::IsADirectory));
     };
-    Ok((Path::from_iter(directories.iter().map(String::as_str)), name.clone()))
+    Ok((directories.iter().map(String::as_str).collect(), name.clone()))
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {

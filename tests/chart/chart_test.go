@@ -285,7 +285,8 @@ func TestOnlyTheControllerSeesMappedDirectories(t *testing.T) {
 			t.Fatal(err)
 		}
 		if object.Kind == "Deployment" {
-			mounted[object.Metadata.Name] = strings.Contains(document, "mountPath: \"/mapped/shared\"")
+			mounted[object.Metadata.Name] = strings.Contains(document, "mountPath: \"/mapped/shared\"") &&
+				strings.Contains(document, "mountPath: \"/mapped-output/shared\"")
 		}
 	}
 	if len(mounted) != 2 || !mounted["batches-controller"] || mounted["batches-receiver"] {

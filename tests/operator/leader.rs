@@ -35,7 +35,7 @@ fn holder(lease: Option<&Lease>) -> String {
     lease.and_then(|l| l.spec.as_ref()?.holder_identity.clone()).unwrap_or_default()
 }
 
-fn signal(process: &Process, name: &str) {
+pub fn signal(process: &Process, name: &str) {
     let done = Command::new("kill").args(["-s", name, &process.id().to_string()]).status().unwrap();
     assert!(done.success());
 }

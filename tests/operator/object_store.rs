@@ -534,7 +534,7 @@ async fn a_job_is_deleted_or_held_in_the_midst_of_a_transfer() {
 // ------------------------------------------------------------------------------------------------- restarts
 
 /// The operator's memory in MiB: `VmRSS` is what it takes now, `VmHWM` the most that it ever took.
-fn memory(process: u32, what: &str) -> u64 {
+pub fn memory(process: u32, what: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with(what)).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024

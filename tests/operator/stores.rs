@@ -162,7 +162,7 @@ impl Server {
     }
 
     /// Parts of objects that were neither put together nor taken back.
-    pub async fn parts(&self) -> usize {
+    pub fn parts(&self) -> usize {
         // The gateway keeps them beside the objects.
         let dir = self.dir.path().join(format!("data/{BUCKET}/.sgwtmp/multipart"));
         std::fs::read_dir(dir).map_or(0, Iterator::count)

@@ -138,6 +138,10 @@ spec:
             {{- range .objectStores.mappedDirectories }}
             - --mapped-directories={{ .name }}=/mapped/{{ .name }}
             {{- end }}
+            {{- range .objectStores.mappedOutputDirectories }}
+            - --mapped-output-directories={{ .name }}=/mapped-output/{{ .name }}
+            {{- end }}
+            - --temporary-bytes={{ int64 .limits.temporaryBytes }}
             {{- with .sweepSeconds }}
             - --sweep-seconds={{ int64 . }}
             {{- end }}
@@ -208,6 +212,10 @@ spec:
               mountPath: "/mapped/{{ .name }}"
               readOnly: true
             {{- end }}
+            {{- range .objectStores.mappedOutputDirectories }}
+            - name: "output-{{ .name }}"
+              mountPath: "/mapped-output/{{ .name }}"
+            {{- end }}
             {{- end }}
             {{- if $tls }}
             - name: tls
@@ -226,6 +234,10 @@ spec:
             sizeLimit: "{{ .controller.temporaryStorage }}"
         {{- range .objectStores.mappedDirectories }}
         - name: "mapped-{{ .name }}"
+          {{- toYaml .volume | nindent 10 }}
+        {{- end }}
+        {{- range .objectStores.mappedOutputDirectories }}
+        - name: "output-{{ .name }}"
           {{- toYaml .volume | nindent 10 }}
         {{- end }}
         {{- end }}

@@ -29,7 +29,7 @@ use sha2::{Digest, Sha256};
 use self::records::{Entry, Found, Key, Kind, Line, Place, Slot};
 pub use self::scratch::Scratch;
 use self::scratch::{Reads, Spool, Table};
-use self::streams::Slots;
+use self::streams::{At, Slots};
 pub use self::streams::{Stream, Streamed, What};
 use super::retry::{self, Judge, Standing};
 use crate::api::conditions::cut;
@@ -333,7 +333,7 @@ impl Join {
         self.out.failed_sample = self.named(failed)?;
         Ok(Joined {
             counts: self.out,
-            joined: self.joined,
+            with_keys: self.joined,
             names_attempts: self.attempt > 1,
             positions,
             parts: self.limits.parts,
@@ -424,7 +424,7 @@ impl Join {
     /// The keys at these places.
     fn named(&self, places: Smallest) -> io::Result<Vec<(String, Option<i32>)>> {
         let mut names = Reads::new(&self.names);
-        let mut named = Vec::new();
+        let mut found = Vec::new();
         let mut next = 0;
         for (position, code) in places.0.into_sorted_vec() {
             while next < position {
@@ -432,10 +432,10 @@ impl Join {
                 next += 1;
             }
             let name = names.line(NAME_BYTES)?.and_then(|name| serde_json::from_slice(name).ok());
-            named.push((name.unwrap_or_default(), code));
+            found.push((name.unwrap_or_default(), code));
             next += 1;
         }
-        Ok(named)
+        Ok(found)
     }
 }
 
@@ -457,7 +457,7 @@ impl Smallest {
 pub struct Joined {
     /// What was found.
     pub counts: Counts,
-    joined: bool,
+    with_keys: bool,
     /// Which attempt a line came from is of interest only if there were several.
     names_attempts: bool,
     positions: u32,
@@ -507,14 +507,18 @@ impl Joined {
     pub fn each(&self, mut take: impl FnMut(&str, Standing) -> io::Result<()>) -> io::Result<()> {
         let mut slots = Slots::default();
         let mut names = Reads::new(&self.names);
-        while let Some(slot) = slots.next(self)? {
+        loop {
+            let found = slots.next(self)?;
             let name = names.line(NAME_BYTES)?;
-            if let (Some((kind, _)), Some(name)) = (slot, name) {
-                let name: String = serde_json::from_slice(name).map_err(io::Error::other)?;
-                take(&name, kind.standing)?;
+            match (found, name) {
+                (At::End, _) => return Ok(()),
+                (At::Line(kind, _), Some(name)) => {
+                    let name: String = serde_json::from_slice(name).map_err(io::Error::other)?;
+                    take(&name, kind.standing)?;
+                }
+                _ => {}
             }
         }
-        Ok(())
     }
 
     /// The lines of one kind, from the first.
@@ -529,7 +533,7 @@ impl Default for Joined {
         let scratch = Scratch::new(std::env::temp_dir(), 0);
         Self {
             counts: Counts::default(),
-            joined: false,
+            with_keys: false,
             names_attempts: false,
             positions: 0,
             parts: 1,

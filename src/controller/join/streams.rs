@@ -55,6 +55,15 @@ pub struct Streamed {
     pub sha256: String,
 }
 
+/// What belongs to a place.
+pub(super) enum At {
+    /// There is no such place.
+    End,
+    /// No line.
+    Nothing,
+    Line(Kind, Place),
+}
+
 /// What belongs to each place, one part of the places at a time.
 pub(super) struct Slots {
     position: u32,
@@ -74,11 +83,11 @@ impl Slots {
         self.lines.capacity() * size_of::<Option<(Kind, Place)>>()
     }
 
-    /// What belongs to the next place; `None` at the end.
-    pub(super) fn next(&mut self, of: &Joined) -> io::Result<Option<Option<(Kind, Place)>>> {
+    /// What belongs to the next place.
+    pub(super) fn next(&mut self, of: &Joined) -> io::Result<At> {
         let Joined { positions, parts, .. } = *of;
         if self.position >= positions {
-            return Ok(None);
+            return Ok(At::End);
         }
         let part = slot_part(self.position, positions, parts);
         if part != self.part {
@@ -98,7 +107,8 @@ impl Slots {
         }
         let index = usize::try_from(self.position - self.first).unwrap_or(usize::MAX);
         self.position += 1;
-        Ok(Some(self.lines.get(index).copied().flatten()))
+        let line = self.lines.get(index).copied().flatten();
+        Ok(line.map_or(At::Nothing, |(kind, place)| At::Line(kind, place)))
     }
 }
 
@@ -153,10 +163,12 @@ impl<'a> Stream<'a> {
     }
 
     fn result(&mut self, out: &mut Vec<u8>, wanted: impl Fn(Kind) -> bool) -> io::Result<bool> {
-        let Some(slot) = self.slots.next(self.of)? else { return Ok(false) };
-        if let Some((kind, place)) = slot
-            && wanted(kind)
-        {
+        let (kind, place) = match self.slots.next(self.of)? {
+            At::End => return Ok(false),
+            At::Nothing => return Ok(true),
+            At::Line(kind, place) => (kind, place),
+        };
+        if wanted(kind) {
             let line = self.lines.at(place.offset, size(place.len)?)?;
             render(line, self.of.names_attempts.then_some(kind.attempt), out)?;
             self.done.lines += 1;
@@ -165,13 +177,12 @@ impl<'a> Stream<'a> {
     }
 
     fn missing(&mut self, out: &mut Vec<u8>) -> io::Result<bool> {
-        if !self.of.joined {
+        if !self.of.with_keys {
             return Ok(false);
         }
-        let (Some(slot), Some(name)) = (self.slots.next(self.of)?, self.names.line(NAME_BYTES)?) else {
-            return Ok(false);
-        };
-        if slot.is_none() {
+        let at = self.slots.next(self.of)?;
+        let Some(name) = self.names.line(NAME_BYTES)? else { return Ok(false) };
+        if matches!(at, At::Nothing) {
             out.extend_from_slice(b"{\"key\":");
             out.extend_from_slice(name);
             out.extend_from_slice(b"}\n");
