@@ -154,7 +154,7 @@ pub(crate) fn results(
         }
     }
     if plan.shuffle {
-        lines.sort_by_key(|l| hash(l.to_string().as_bytes()));
+        lines.sort_by_cached_key(|l| hash(l.to_string().as_bytes()));
     }
     if plan.partial {
         lines.truncate(lines.len().div_ceil(2));

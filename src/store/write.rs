@@ -1,10 +1,14 @@
 //! Objects that are written: small ones whole, on a condition if that is wanted, and large ones as a stream.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use bytes::{Bytes, BytesMut};
 use object_store::path::Path;
 use object_store::{
     MultipartUpload, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutPayload, UpdateVersion,
 };
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use super::error::{self, Error, Kind};
@@ -16,6 +20,9 @@ use super::{Backend, Store};
 const PART_BYTES: usize = 5 << 20;
 /// Parts on their way at the same time, beside the one that is being filled.
 const PARTS_AT_ONCE: usize = 2;
+/// After each try in vain to take parts back.
+const TAKE_BACK_PAUSES: [Duration; 3] =
+    [Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(30)];
 
 /// What was seen of an object, to be sure that it is still the same.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -187,7 +194,7 @@ impl Writer<'_> {
         if matches!(self.to, To::Nowhere) {
             self.to = match &store.backend {
                 Backend::Remote(remote) => {
-                    let upload = store.in_time(remote.put_multipart(path)).await?;
+                    let upload = store.in_time(begin(Arc::clone(remote), path.clone())).await?;
                     To::Parts(Parts::new(upload.map_err(|e| store.error(&e, path))?))
                 }
                 Backend::Mapped(directory) => {
@@ -289,8 +296,30 @@ impl Drop for Parts {
     }
 }
 
-async fn take_back(mut upload: Box<dyn MultipartUpload>) {
-    if upload.abort().await.is_err() {
-        tracing::warn!("parts of an object that was given up could not be deleted: see the bucket's rules");
+/// Begins an upload. If nobody waits for the answer any more when it comes, it is taken back: nobody else would know of it.
+async fn begin(store: Arc<dyn ObjectStore>, path: Path) -> object_store::Result<Box<dyn MultipartUpload>> {
+    let (answer, answered) = oneshot::channel();
+    let asking = tokio::spawn(async move {
+        if let Err(Ok(upload)) = answer.send(store.put_multipart(&path).await) {
+            take_back(upload).await;
+        }
+    });
+    match answered.await {
+        Ok(upload) => upload,
+        // It ended without an answer.
+        Err(_) => match asking.await {
+            Err(source) => Err(object_store::Error::JoinError { source }),
+            Ok(()) => std::future::pending().await,
+        },
     }
+}
+
+async fn take_back(mut upload: Box<dyn MultipartUpload>) {
+    for pause in TAKE_BACK_PAUSES {
+        if upload.abort().await.is_ok() {
+            return;
+        }
+        tokio::time::sleep(pause).await;
+    }
+    tracing::warn!("parts of an object that was given up could not be deleted: see the bucket's rules");
 }
