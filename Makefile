@@ -209,6 +209,7 @@ helm:
 store-servers:
 	@hack/go-tool.sh versitygw >/dev/null
 	@hack/go-tool.sh fake-gcs-server >/dev/null
+	@hack/azurite.sh >/dev/null
 
 # What other tools make of the objects that the Rust tests have taken from the API server a moment ago.
 define run-dependents

@@ -90,6 +90,11 @@ impl Memory {
         }
         self.attempt = Some(attempt);
     }
+
+    /// Gemini has the batch: what was known of the input is of no use any more, and may be a long list.
+    pub fn sent(&mut self) {
+        (self.stored, self.stored_problem, self.upload) = (None, None, None);
+    }
 }
 
 /// How far one send has come.

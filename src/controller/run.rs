@@ -1019,10 +1019,12 @@ fn remember(ctx: &Context, change: &Change, ring: &KeyRing, uid: &str, memory: &
         Change::Submitted { adopted, .. } => {
             ctx.metrics.adopted.inc_by(u64::from(*adopted));
             memory.send = None;
+            memory.sent();
         }
         Change::Adopted { batch, .. } => {
             ctx.metrics.adopted.inc();
             memory.send = None;
+            memory.sent();
             // Its callback may have come and gone.
             memory.looks.swept |= batch.is_terminal();
         }
