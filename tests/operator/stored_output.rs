@@ -9,7 +9,9 @@ use crate::harness::{Env, condition, counts, line, ready, spec, state, with_inpu
 use crate::leader::signal;
 use crate::lifecycle::with;
 use crate::object_store::memory;
-use crate::stores::{ACCESS_KEY, BUCKET, Fault, Proxy, SECRET_KEY, Server, s3_secret};
+use crate::stores::{
+    ACCESS_KEY, AZURITE, AZURITE_KEY, BUCKET, Fault, Proxy, SECRET_KEY, Server, XmlApi, no_oauth, s3_secret,
+};
 
 /// Where the tests' results go, below [`BUCKET`].
 const PLACE: &str = "team/run";
@@ -22,7 +24,8 @@ fn to_s3(mut spec: Value, endpoint: &str, place: &str) -> Value {
 }
 
 async fn env_for(endpoint: &str, extra: &[&str]) -> Env {
-    let allowed = format!("--object-store-endpoints={endpoint}");
+    let origin = url::Url::parse(endpoint).unwrap().origin().ascii_serialization();
+    let allowed = format!("--object-store-endpoints={origin}");
     let flags: Vec<&str> = extra.iter().copied().chain([allowed.as_str()]).collect();
     let env = Env::with(Config { speed: 600.0, ..Config::default() }, &flags).await;
     env.secret("store", &s3_secret()).await;
@@ -161,6 +164,59 @@ async fn large_results_are_streamed_and_lose_nothing() {
         assert_eq!(s3.parts(), 0, "no parts are left over");
         assert!(env.count(Op::Download) > 1);
     }
+}
+
+/// Reserved, refused to another job, written, replaced by a further attempt.
+async fn does_as_well(server: &Server, endpoint: &str, root: &str, secret: Value) {
+    let env = env_for(endpoint, &[]).await;
+    env.operator().await;
+    env.secret("theirs", &secret).await;
+    let to = |spec: Value| {
+        let store = json!({"uri": format!("{root}/{PLACE}"), "credentialsRef": {"name": "theirs"}, "endpoint": endpoint});
+        with(spec, json!({"output": {"objectStore": store}, "retryPolicy": {"maxAttempts": 2}}))
+    };
+    env.create("job", to(spec(&["a", "b [[sim:error=14x1]]", "c [[sim:missing]]"], None))).await;
+    let job = env.cleaned("job").await;
+    assert_eq!((state(&job), env.sim.batches().len()), ("Succeeded", 2), "{:?}", ready(&job));
+    let found = read(server, PLACE, &job).await;
+    assert_eq!(
+        (keys(&found[0].1), manifest(server, PLACE).await["attempt"].as_i64()),
+        (vec!["k1", "k2"], Some(2))
+    );
+    env.create("other", to(spec(&["a"], None))).await;
+    let (_, _, message) = ready(&env.stalled("other", "OutputConflict").await);
+    assert!(message.contains("another job, job"), "{message}");
+    let mut nowhere = to(spec(&["a"], None));
+    nowhere["output"]["objectStore"]["uri"] = json!(format!("{}-not/x", root));
+    env.create("nowhere", nowhere).await;
+    let (_, _, message) = ready(&env.stalled("nowhere", "OutputNotWritable").await);
+    assert!(message.contains("does not exist: create it"), "{message}");
+    assert_eq!(env.sim.batches().len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cloud_storage_does_as_well() {
+    let gcs = Server::gcs().await;
+    let xml = XmlApi::before(&gcs).await;
+    let secret = json!({"serviceAccountKey": no_oauth()});
+    does_as_well(&gcs, &xml.endpoint(), &format!("gs://{BUCKET}"), secret).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blob_storage_does_as_well_and_takes_large_results() {
+    let az = Server::az().await;
+    let secret = json!({"accountKey": AZURITE_KEY});
+    let root = format!("az://{AZURITE}/{BUCKET}");
+    does_as_well(&az, &az.endpoint(), &root, secret.clone()).await;
+    let env = env_for(&az.endpoint(), &[]).await;
+    env.operator().await;
+    env.secret("theirs", &secret).await;
+    let store = json!({"uri": format!("{root}/large"), "credentialsRef": {"name": "theirs"}, "endpoint": az.endpoint()});
+    let large = with(spec(&["[[sim:big=300000]]"; 40], None), json!({"output": {"objectStore": store}}));
+    env.create("job", large).await;
+    let job = env.cleaned("job").await;
+    assert_eq!(state(&job), "Succeeded", "{:?}", ready(&job));
+    assert_eq!(read(&az, "large", &job).await[0].1.len(), 40);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -16,6 +16,7 @@ use object_store::azure::MicrosoftAzureBuilder;
 use object_store::client::{
     HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService,
 };
+use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::path::Path;
 use object_store::{ClientOptions, ObjectStore, ObjectStoreExt as _};
 use serde_json::{Value, json};
@@ -182,36 +183,23 @@ impl Server {
     }
 
     pub async fn put_into(&self, bucket: &str, name: &str, content: impl Into<Vec<u8>>) {
-        let store: Arc<dyn ObjectStore> = match self.kind {
-            Kind::S3 => s3_bucket(&self.endpoint(), bucket),
-            Kind::Az => Arc::new(
-                MicrosoftAzureBuilder::new()
-                    .with_account(AZURITE)
-                    .with_access_key(AZURITE_KEY)
-                    .with_endpoint(self.endpoint())
-                    .with_container_name(bucket)
-                    .with_http_connector(Plain)
-                    .build()
-                    .unwrap(),
-            ),
+        if matches!(self.kind, Kind::Gcs) {
             // It does not know the call that `object_store` makes.
-            Kind::Gcs => {
-                let url = format!("{}/upload/storage/v1/b/{bucket}/o", self.endpoint());
-                let put = reqwest::Client::new().post(url).query(&[("uploadType", "media"), ("name", name)]);
-                assert!(put.body(content.into()).send().await.unwrap().status().is_success());
-                return;
-            }
-        };
-        store.put(&Path::from(name), content.into().into()).await.unwrap();
+            let url = format!("{}/upload/storage/v1/b/{bucket}/o", self.endpoint());
+            let put = reqwest::Client::new().post(url).query(&[("uploadType", "media"), ("name", name)]);
+            assert!(put.body(content.into()).send().await.unwrap().status().is_success());
+            return;
+        }
+        self.bucket(bucket).put(&Path::from(name), content.into().into()).await.unwrap();
     }
 
     pub async fn delete(&self, name: &str) {
-        s3_bucket(&self.endpoint(), BUCKET).delete(&Path::from(name)).await.unwrap();
+        self.bucket(BUCKET).delete(&Path::from(name)).await.unwrap();
     }
 
     /// The content of an object, if it is there.
     pub async fn get(&self, name: &str) -> Option<Vec<u8>> {
-        match s3_bucket(&self.endpoint(), BUCKET).get(&Path::from(name)).await {
+        match self.bucket(BUCKET).get(&Path::from(name)).await {
             Ok(got) => Some(got.bytes().await.unwrap().to_vec()),
             Err(object_store::Error::NotFound { .. }) => None,
             Err(e) => panic!("{name}: {e}"),
@@ -220,11 +208,45 @@ impl Server {
 
     /// The names of all objects, in order.
     pub async fn names(&self) -> Vec<String> {
-        let store = s3_bucket(&self.endpoint(), BUCKET);
-        let mut names: Vec<String> =
-            store.list(None).map(|object| object.unwrap().location.to_string()).collect().await;
+        let objects = self.bucket(BUCKET).list(None).collect::<Vec<_>>().await;
+        let mut names: Vec<String> = objects.into_iter().map(|o| o.unwrap().location.to_string()).collect();
         names.sort();
         names
+    }
+
+    fn bucket(&self, bucket: &str) -> Arc<dyn ObjectStore> {
+        let endpoint = self.endpoint();
+        match self.kind {
+            Kind::S3 => Arc::new(
+                AmazonS3Builder::new()
+                    .with_bucket_name(bucket)
+                    .with_endpoint(endpoint)
+                    .with_access_key_id(ACCESS_KEY)
+                    .with_secret_access_key(SECRET_KEY)
+                    .with_http_connector(Plain)
+                    .build()
+                    .unwrap(),
+            ),
+            Kind::Az => Arc::new(
+                MicrosoftAzureBuilder::new()
+                    .with_account(AZURITE)
+                    .with_access_key(AZURITE_KEY)
+                    .with_endpoint(endpoint)
+                    .with_container_name(bucket)
+                    .with_http_connector(Plain)
+                    .build()
+                    .unwrap(),
+            ),
+            Kind::Gcs => Arc::new(
+                GoogleCloudStorageBuilder::new()
+                    .with_bucket_name(bucket)
+                    .with_base_url(&endpoint)
+                    .with_service_account_key(no_oauth())
+                    .with_http_connector(Plain)
+                    .build()
+                    .unwrap(),
+            ),
+        }
     }
 
     /// Parts of objects that were neither put together nor taken back.
@@ -243,15 +265,77 @@ impl Server {
     }
 }
 
-fn s3_bucket(endpoint: &str, bucket: &str) -> Arc<dyn ObjectStore> {
-    let store = AmazonS3Builder::new()
-        .with_bucket_name(bucket)
-        .with_endpoint(endpoint)
-        .with_access_key_id(ACCESS_KEY)
-        .with_secret_access_key(SECRET_KEY)
-        .with_http_connector(Plain)
-        .build();
-    Arc::new(store.unwrap())
+/// In front of `fake-gcs-server`, which does not know the calls of the XML API by which `object_store` writes and deletes.
+pub struct XmlApi {
+    pub port: u16,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for XmlApi {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl XmlApi {
+    pub async fn before(server: &Server) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", free_port())).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let upstream = server.endpoint();
+        let app = axum::Router::new()
+            .fallback(move |request: axum::extract::Request| translate(upstream.clone(), request));
+        let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+        Self { port, task }
+    }
+
+    pub fn endpoint(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+}
+
+async fn translate(upstream: String, request: axum::extract::Request) -> axum::response::Response {
+    let client = reqwest::Client::new();
+    let (parts, body) = request.into_parts();
+    let body = axum::body::to_bytes(body, usize::MAX).await.unwrap();
+    let path = parts.uri.path().to_owned();
+    let (bucket, name) = path.trim_start_matches('/').split_once('/').unwrap_or_default();
+    let decoded = format!("name={name}");
+    let name = url::form_urlencoded::parse(decoded.as_bytes()).next().unwrap().1.into_owned();
+    let mut headers = parts.headers.clone();
+    headers.remove("host");
+    let answer = match parts.method.as_str() {
+        "PUT" => {
+            let mut query = vec![("uploadType", "media".to_owned()), ("name", name)];
+            if let Some(wanted) = headers.get("x-goog-if-generation-match") {
+                query.push(("ifGenerationMatch", wanted.to_str().unwrap().to_owned()));
+            }
+            let url = format!("{upstream}/upload/storage/v1/b/{bucket}/o");
+            client.post(url).query(&query).body(body).send().await.unwrap()
+        }
+        "DELETE" => {
+            let name = name.replace('/', "%2F");
+            client.delete(format!("{upstream}/storage/v1/b/{bucket}/o/{name}")).send().await.unwrap()
+        }
+        _ => {
+            let url = format!("{upstream}{}", parts.uri.path_and_query().unwrap());
+            client.request(parts.method.clone(), url).headers(headers).body(body).send().await.unwrap()
+        }
+    };
+    let mut told = axum::response::Response::builder().status(answer.status());
+    *told.headers_mut().unwrap() = answer.headers().clone();
+    let content = answer.bytes().await.unwrap();
+    if parts.method == "PUT" {
+        let headers = told.headers_mut().unwrap();
+        headers.remove("content-length");
+        if let Ok(object) = serde_json::from_slice::<Value>(&content) {
+            for (name, field) in [("etag", "etag"), ("x-goog-generation", "generation")] {
+                if let Some(value) = object[field].as_str() {
+                    headers.insert(name, value.parse().unwrap());
+                }
+            }
+        }
+    }
+    told.body(content.into()).unwrap()
 }
 
 /// What emulators of Cloud Storage take instead of a key.
