@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use url::Url;
 
 use crate::callback::Scheme;
+use crate::store::Endpoints;
 use crate::telemetry::LogFormat;
 
 /// Takes Gemini batch jobs from `kubectl apply` to finished.
@@ -205,6 +206,32 @@ pub struct RunArgs {
     #[arg(long, env = "GBO_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
     pub concurrency: u16,
 
+    /// How many inputs of object stores are read or sent at the same time; further ones wait. Each takes about 32 MiB of
+    /// memory, more only for lines that are longer than some megabytes.
+    #[arg(long, env = "GBO_TRANSFERS", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub transfers: u16,
+
+    /// Endpoints of object stores that jobs may name besides the clouds' own, separated by commas: for example
+    /// <https://minio.example.com>, or * for all that speak https and are at no address of the operator's machine, its
+    /// link or a cloud's metadata service. Default: none.
+    #[arg(long, env = "GBO_OBJECT_STORE_ENDPOINTS", value_name = "URLS", default_value = "")]
+    pub object_store_endpoints: Endpoints,
+
+    /// Namespaces whose jobs may read object stores with the operator's own identity (workload identity, IRSA), or * for
+    /// all. Default: none.
+    #[arg(long, env = "GBO_OWN_IDENTITY_NAMESPACES", value_name = "NAMESPACES", value_delimiter = ',')]
+    pub own_identity_namespaces: Vec<String>,
+
+    /// Directories that jobs of all namespaces may read as file://NAME/, separated by commas: NAME=/path. Default: none.
+    #[arg(
+        long,
+        env = "GBO_MAPPED_DIRECTORIES",
+        value_name = "NAME=PATH",
+        value_delimiter = ',',
+        value_parser = mapped_directory
+    )]
+    pub mapped_directories: Vec<(String, PathBuf)>,
+
     /// How many batches of one API key the operator lets be active at once; further jobs wait, first come first
     /// served. Gemini allows 100 for each project, whoever created them.
     #[arg(long, env = "GBO_MAX_ACTIVE_BATCHES", default_value_t = 80, value_parser = clap::value_parser!(u16).range(1..))]
@@ -300,6 +327,15 @@ fn is_label(name: &str) -> bool {
         && name.bytes().all(|b| letter(b) || b == b'-')
 }
 
+fn mapped_directory(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((name, path)) if is_label(name) && path.starts_with('/') => Ok((name.to_owned(), path.into())),
+        _ => {
+            Err("expected NAME=/absolute/path, with a name of lower case letters, digits and '-'".to_owned())
+        }
+    }
+}
+
 fn callback_scheme(text: &str) -> Result<Scheme, String> {
     match text.parse()? {
         // Its secret belongs to a webhook of the whole project; a batch's own webhook has none.
@@ -373,6 +409,12 @@ pub enum ConfigError {
     WatchedNamespace(String),
     /// Something that no namespace can be called.
     #[error(
+        "--own-identity-namespaces takes names of namespaces, separated by commas, or * for all: {0:?} is neither \
+         (patterns are not supported)"
+    )]
+    IdentityNamespace(String),
+    /// Something that no namespace can be called.
+    #[error(
         "--default-credential-namespaces takes names of namespaces, separated by commas, or * for all: {0:?} is neither \
          (patterns are not supported)"
     )]
@@ -401,6 +443,10 @@ impl RunArgs {
             return Err(ConfigError::WatchedNamespace(other));
         }
         self.check_default_credential()?;
+        let lent = self.own_identity_namespaces();
+        if let Some(other) = lent.into_iter().find(|n| n != "*" && !is_label(n)) {
+            return Err(ConfigError::IdentityNamespace(other));
+        }
         match (self.callbacks, self.role) {
             (Callbacks::On, _) => self.check_callbacks(),
             (Callbacks::Off, Role::Receiver) => Err(ConfigError::ReceiverWithoutCallbacks),
@@ -431,6 +477,13 @@ impl RunArgs {
     #[must_use]
     pub fn default_credential_namespaces(&self) -> BTreeSet<String> {
         let names = self.default_credential_namespaces.iter().map(|n| n.trim());
+        names.filter(|n| !n.is_empty()).map(ToOwned::to_owned).collect()
+    }
+
+    /// Who may use the operator's own identity. An empty value is an empty list.
+    #[must_use]
+    pub fn own_identity_namespaces(&self) -> BTreeSet<String> {
+        let names = self.own_identity_namespaces.iter().map(|n| n.trim());
         names.filter(|n| !n.is_empty()).map(ToOwned::to_owned).collect()
     }
 

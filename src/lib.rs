@@ -16,5 +16,6 @@ pub mod gemini;
 pub mod lease;
 pub mod process;
 pub mod receiver;
+pub mod store;
 pub mod telemetry;
 pub mod verify;

@@ -35,6 +35,7 @@ use crate::lease::{self, Elector};
 use crate::receiver::server::open_files_limit;
 use crate::receiver::tls::Tls;
 use crate::receiver::{self, Receiver, Upstreams};
+use crate::store::{self, Stores};
 
 /// Runs the parts that the role asks for until SIGTERM or SIGINT.
 pub async fn run(args: &RunArgs) -> anyhow::Result<()> {
@@ -119,6 +120,8 @@ pub async fn start(
             metrics,
             elector.leadership(),
             policy(args, &namespace),
+            Stores::new(store_settings(args))?,
+            args.transfers,
         ));
         let check = Arc::clone(&ctx);
         ready.push(Box::new(move || check.ready()));
@@ -193,6 +196,15 @@ fn policy(args: &RunArgs, namespace: &str) -> Policy {
             name: Some(args.lease_name.clone()),
             ..ObjectReference::default()
         },
+    }
+}
+
+fn store_settings(args: &RunArgs) -> store::Settings {
+    store::Settings {
+        endpoints: args.object_store_endpoints.clone(),
+        own_identity: args.own_identity_namespaces(),
+        mapped: args.mapped_directories.iter().cloned().collect(),
+        timeouts: store::Timeouts::default(),
     }
 }
 

@@ -12,8 +12,8 @@ mod status;
 pub use reason::Reason;
 pub use spec::{
     ConfigMapKeyRef, Credentials, DeletionPolicy, GeminiBatchJob, GeminiBatchJobSpec, GeminiFileRef,
-    ImportFrom, Input, InputRequest, LocalRef, Output, ReadinessPolicy, Retention, SecretKeyRef,
-    SuccessPolicy, SuspendPolicy,
+    ImportFrom, Input, InputRequest, LocalRef, ObjectStoreInput, Output, ReadinessPolicy, Retention,
+    SecretKeyRef, SuccessPolicy, SuspendPolicy,
 };
 pub use status::{
     Attempt, Callback, Cancellation, DryRun, GeminiBatchJobStatus, Outcome, OutputStatus, Refusal,

@@ -30,6 +30,10 @@ pub enum Reason {
     SubmissionUnconfirmed,
     /// The batch ended, but its result file can't be read yet.
     ResultsNotReadable,
+    /// The input is being read from an object store, or is on its way from there to Gemini.
+    WaitingForTransfer,
+    /// The object store does not answer, or answers with errors that pass.
+    StoreUnavailable,
 
     // --- somebody has to change something; the job goes on by itself then ---
     /// The Secret, or the key inside it, does not exist.
@@ -46,6 +50,10 @@ pub enum Reason {
     InputInvalid,
     /// The input is larger than allowed.
     InputTooLarge,
+    /// The object store refuses the credentials.
+    StoreAccessDenied,
+    /// An administrator has not allowed this endpoint, this directory, or the operator's own identity.
+    StoreNotAllowed,
     /// The output object exists and was not made for this job.
     OutputConflict,
     /// The results do not fit into the output object.
@@ -109,7 +117,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, for documentation and for tests that none is forgotten.
-    pub const ALL: [Self; 47] = [
+    pub const ALL: [Self; 51] = [
         Self::Submitting,
         Self::Submitted,
         Self::WaitingForQuota,
@@ -123,6 +131,8 @@ impl Reason {
         Self::GeminiUnavailable,
         Self::SubmissionUnconfirmed,
         Self::ResultsNotReadable,
+        Self::WaitingForTransfer,
+        Self::StoreUnavailable,
         Self::CredentialsNotFound,
         Self::CredentialsInvalid,
         Self::CredentialsRefused,
@@ -130,6 +140,8 @@ impl Reason {
         Self::InputNotFound,
         Self::InputInvalid,
         Self::InputTooLarge,
+        Self::StoreAccessDenied,
+        Self::StoreNotAllowed,
         Self::OutputConflict,
         Self::OutputTooLarge,
         Self::OutputNotWritable,
@@ -182,6 +194,8 @@ impl Reason {
             Self::GeminiUnavailable => "GeminiUnavailable",
             Self::SubmissionUnconfirmed => "SubmissionUnconfirmed",
             Self::ResultsNotReadable => "ResultsNotReadable",
+            Self::WaitingForTransfer => "WaitingForTransfer",
+            Self::StoreUnavailable => "StoreUnavailable",
             Self::CredentialsNotFound => "CredentialsNotFound",
             Self::CredentialsInvalid => "CredentialsInvalid",
             Self::CredentialsRefused => "CredentialsRefused",
@@ -189,6 +203,8 @@ impl Reason {
             Self::InputNotFound => "InputNotFound",
             Self::InputInvalid => "InputInvalid",
             Self::InputTooLarge => "InputTooLarge",
+            Self::StoreAccessDenied => "StoreAccessDenied",
+            Self::StoreNotAllowed => "StoreNotAllowed",
             Self::OutputConflict => "OutputConflict",
             Self::OutputTooLarge => "OutputTooLarge",
             Self::OutputNotWritable => "OutputNotWritable",

@@ -15,7 +15,7 @@ const OBJECT_NAME: &str =
 ///
 /// - `model`: the model that answers all requests
 /// - `credentials`: the Secret with the API key that pays
-/// - `input`: the requests, here, in a ConfigMap or in a file at Gemini
+/// - `input`: the requests, here, in a ConfigMap, in an object store or in a file at Gemini
 /// - `output`: where the results go; without it they stay with Gemini
 /// - `suspend`, `activeDeadlineSeconds`, `backoffLimit`: when to hold it, how long it may take, whether to try again
 /// - `deletionPolicy`, `ttlSecondsAfterFinished`: what becomes of it afterwards
@@ -135,7 +135,7 @@ pub struct GeminiBatchJobSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credentials: Option<Credentials>,
 
-    /// The requests: exactly one of `requests`, `configMap` and `geminiFile`. Can't be changed once the
+    /// The requests: exactly one of `requests`, `configMap`, `objectStore` and `geminiFile`. Can't be changed once the
     /// submission has begun.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub input: Option<Input>,
@@ -240,6 +240,12 @@ impl GeminiBatchJobSpec {
     #[must_use]
     pub fn gemini_file(&self) -> Option<&GeminiFileRef> {
         self.input.as_ref()?.gemini_file.as_ref()
+    }
+
+    /// The objects that the input lies in, if it does.
+    #[must_use]
+    pub fn stored_input(&self) -> Option<&ObjectStoreInput> {
+        self.input.as_ref()?.object_store.as_ref()
     }
 
     /// Whether the operator uploads the input, so that the file is its own to delete, and the keys are known.
@@ -377,9 +383,10 @@ fn default_secret_key() -> String {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(
     validation = Rule::new(
-        "(has(self.requests) ? 1 : 0) + (has(self.configMap) ? 1 : 0) + (has(self.geminiFile) ? 1 : 0) == 1"
+        "(has(self.requests) ? 1 : 0) + (has(self.configMap) ? 1 : 0) + (has(self.objectStore) ? 1 : 0) + \
+         (has(self.geminiFile) ? 1 : 0) == 1"
     )
-    .message("spec.input needs exactly one of requests, configMap and geminiFile")
+    .message("spec.input needs exactly one of requests, configMap, objectStore and geminiFile")
 )]
 pub struct Input {
     /// The requests themselves, for small jobs. Keys must be unique: they join each result with its
@@ -396,6 +403,11 @@ pub struct Input {
     /// unique `key` and a `request` (a `GenerateContentRequest`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config_map: Option<ConfigMapKeyRef>,
+
+    /// One or several objects of an object store that hold JSON Lines, as a ConfigMap would: for inputs of any size up to
+    /// Gemini's limit of 2 GB. They are read as a stream, and what was checked is what is sent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object_store: Option<ObjectStoreInput>,
 
     /// A JSON Lines file that somebody else uploaded to Gemini with the same API key. Its keys are not
     /// known to the operator, so its results are counted and stored as they come, not joined, and the
@@ -445,6 +457,56 @@ pub struct ConfigMapKeyRef {
     /// The key inside the ConfigMap's `data` or `binaryData`.
     #[schemars(length(min = 1, max = 253))]
     pub key: String,
+}
+
+/// Objects of an object store.
+#[derive(Serialize, Deserialize, KubeSchema, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[x_kube(
+    validation = Rule::new("has(self.uri) != has(self.prefix)")
+        .message("spec.input.objectStore needs exactly one of uri (one object) and prefix (all objects below it)")
+)]
+pub struct ObjectStoreInput {
+    /// One object: `s3://BUCKET/KEY`, `gs://BUCKET/KEY`, `az://ACCOUNT/CONTAINER/KEY`, or `file://NAME/PATH` in a
+    /// directory that an administrator mapped to NAME. Nothing in it is decoded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 8, max = 1280))]
+    #[x_kube(
+        validation = Rule::new("self.matches('^(s3|gs|az|file)://[^/]+/.+$') && !self.endsWith('/')").message(
+            "must be like s3://BUCKET/KEY, gs://BUCKET/KEY, az://ACCOUNT/CONTAINER/KEY or file://NAME/PATH"
+        )
+    )]
+    pub uri: Option<String>,
+
+    /// Several objects: all whose names begin with it, in the order of their names. Like `uri`, but it ends with a `/`.
+    /// Empty objects are left out. At most 10,000.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 7, max = 1280))]
+    #[x_kube(
+        validation = Rule::new("self.matches('^(s3|gs|az|file)://[^/]+/.*$') && self.endsWith('/')").message(
+            "must be like s3://BUCKET/PATH/, gs://BUCKET/PATH/, az://ACCOUNT/CONTAINER/PATH/ or file://NAME/PATH/, \
+             with a / at its end"
+        )
+    )]
+    pub prefix: Option<String>,
+
+    /// A Secret in the job's namespace with credentials for the store. For `s3://` the keys `accessKeyId`,
+    /// `secretAccessKey` and perhaps `sessionToken`; for `gs://` `serviceAccountKey`; for `az://` `accountKey`, `sasToken`,
+    /// or `tenantId`, `clientId` and `clientSecret`. Without it the operator's own identity is used, in namespaces where
+    /// an administrator allows that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credentials_ref: Option<LocalRef>,
+
+    /// URL of another store that speaks the same protocol, for example <https://minio.example.com>. An administrator has
+    /// to allow it. Needs `credentialsRef`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 8, max = 512))]
+    pub endpoint: Option<String>,
+
+    /// Region of the bucket, for `s3://`. Default: `us-east-1`, or what the operator's own identity is set up with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63))]
+    pub region: Option<String>,
 }
 
 /// A file that exists at Gemini.

@@ -2,6 +2,8 @@
 //!
 //! Errors of the API server are returned; whatever Gemini answers is an outcome.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use futures::StreamExt as _;
 use jiff::{SignedDuration, Timestamp};
@@ -12,7 +14,7 @@ use rand::RngExt as _;
 
 use super::collect::{Collected, Collector, Keys, Lines};
 use super::decide::{self, Action};
-use super::input::Input;
+use super::input::{Carried, Input};
 use super::memory::{
     Absent, KeyRefused, Memory, NamespaceSeen, OutputObject, Probe, Refused, Remote, Search, Send, Stage,
     Tries, Trouble, after,
@@ -21,6 +23,7 @@ use super::metrics::ByOutcome;
 use super::observe;
 use super::output::{self, Done};
 use super::run::Context;
+use super::stored::{self, Failure, Stored, Unsent};
 use super::{Credential, Problem, earlier, ending, identity};
 use crate::api::{Attempt, GeminiBatchJob, Reason, Refusal, RefusedCall};
 use crate::callback::keyring::KeyRing;
@@ -39,15 +42,15 @@ pub(super) const CLOCK_SKEW: SignedDuration = SignedDuration::from_hours(1);
 /// What a step works with.
 pub struct Step<'a> {
     /// The controller.
-    pub ctx: &'a Context,
+    pub ctx: &'a Arc<Context>,
     /// The job.
     pub job: &'a GeminiBatchJob,
     /// Signs the callback URL.
     pub ring: &'a KeyRing,
     /// The API key, if there is one.
-    pub credential: Option<&'a Credential>,
+    pub credential: Option<&'a Arc<Credential>>,
     /// The input, if it was needed.
-    pub input: Option<&'a Input>,
+    pub input: Option<&'a Carried>,
 }
 
 /// `first`, doubled with each failure, at most `longest`, with up to a quarter of jitter on top.
@@ -89,6 +92,20 @@ pub(super) fn trouble_of(
             },
         ),
     }
+}
+
+/// Something else that fails for now: tried again with growing pauses.
+pub(super) fn passing(ctx: &Context, before: Option<&Trouble>, problem: Problem) -> Trouble {
+    let failures = before.map_or(0, |t| t.failures).saturating_add(1);
+    let timings = &ctx.timings;
+    // What somebody has to repair is looked at again soon after they may have.
+    let longest = if problem.reason == Reason::StoreUnavailable {
+        timings.trouble_longest
+    } else {
+        timings.recheck * 3 / 4
+    };
+    let pause = backoff(timings.trouble_first, longest, failures);
+    Trouble { failures, next: after(ctx.clock.now(), pause), problem }
 }
 
 /// Whether the job may be shown the batch. The operator's own key sees the batches of all its namespaces, and whoever
@@ -139,7 +156,11 @@ impl Step<'_> {
             }
             Action::StoreResults { name } => self.store(name, memory).await?,
             Action::FindInputFile { file } => self.find_input_file(file, memory).await,
-            Action::UploadInput { file } => self.upload(file, memory).await,
+            Action::UploadInput { file } => match self.input {
+                Some(Carried::Whole(input)) => self.upload(file, input, memory).await,
+                Some(Carried::Stored(stored)) => self.upload_stored(file, stored, memory).await?,
+                None => {}
+            },
             Action::CreateBatch { attempt } => self.create(attempt, memory).await,
             Action::FindBatch { attempt } => match self.list_for(attempt).await {
                 Ok(found) => {
@@ -221,8 +242,8 @@ impl Step<'_> {
         memory.trouble = None;
     }
 
-    async fn upload(&self, file: &str, memory: &mut Memory) {
-        let (Some(attempt), Some(input)) = (decide::current_attempt(self.job), self.input) else { return };
+    async fn upload(&self, file: &str, input: &Input, memory: &mut Memory) {
+        let Some(attempt) = decide::current_attempt(self.job) else { return };
         let Some((key, name)) = self.key_and_file(file) else { return };
         let upload = Upload {
             name: &name,
@@ -230,13 +251,25 @@ impl Step<'_> {
             mime_type: "application/jsonl",
             size: input.bytes.len() as u64,
         };
-        match self.ctx.gemini.upload(key, upload, std::io::Cursor::new(input.bytes.clone())).await {
+        let done = self.ctx.gemini.upload(key, upload, std::io::Cursor::new(input.bytes.clone())).await;
+        self.uploaded(done, attempt, &input.sha256, memory).await;
+    }
+
+    async fn uploaded(
+        &self,
+        done: Result<gemini::File, gemini::Error>,
+        attempt: &Attempt,
+        sha256: &str,
+        memory: &mut Memory,
+    ) {
+        let Some((key, name)) = self.key_and_file(&attempt.input_file) else { return };
+        match done {
             Ok(there) => {
                 memory.trouble = None;
                 set_stage(memory, attempt, Stage::Uploaded { file: there.name.to_string() });
             }
             // The answer to the last chunk may have been lost: the file is there, whole, under our name.
-            Err(e) if !e.is_refusal() && self.is_there(key, &name, input).await => {
+            Err(e) if !e.is_refusal() && self.is_there(key, &name, sha256).await => {
                 memory.trouble = None;
                 set_stage(memory, attempt, Stage::Uploaded { file: name.to_string() });
             }
@@ -246,12 +279,60 @@ impl Step<'_> {
         }
     }
 
-    async fn is_there(&self, key: &gemini::ApiKey, name: &FileName, input: &Input) -> bool {
+    async fn is_there(&self, key: &gemini::ApiKey, name: &FileName, sha256: &str) -> bool {
         self.ctx
             .gemini
             .get_file(key, name)
             .await
-            .is_ok_and(|f| f.is_active() && f.sha256_hex.as_deref() == Some(input.sha256.as_str()))
+            .is_ok_and(|f| f.is_active() && f.sha256_hex.as_deref() == Some(sha256))
+    }
+
+    /// The same for an input that lies in an object store: all but its last chunk is sent beside the passes.
+    async fn upload_stored(
+        &self,
+        file: &str,
+        stored: &Arc<Stored>,
+        memory: &mut Memory,
+    ) -> Result<(), kube::Error> {
+        let Some(attempt) = decide::current_attempt(self.job) else { return Ok(()) };
+        let (Some(key), Ok(name)) = (self.credential, FileName::parse(file)) else { return Ok(()) };
+        let name = stored::Name { file: name, display: attempt.display_name.clone() };
+        let session = memory.upload.take().filter(|(send, _)| *send == attempt.send_id).map(|(_, s)| s);
+        let prepared = stored::prepare(self.ctx, self.job, stored, key, name, session.clone()).await;
+        let keep = |session: Option<gemini::Session>| session.map(|s| (attempt.send_id.clone(), s));
+        match prepared {
+            Err(waits) => {
+                memory.upload = keep(session);
+                memory.transfer = Some(waits);
+            }
+            Ok(Ok(stored::Prepared { session, offset, last })) => {
+                crash::at("upload", "finishing");
+                let done = self.ctx.gemini.finish_upload(&session, offset, &last).await;
+                if done.as_ref().is_err_and(|e| !e.is_refusal()) {
+                    memory.upload = keep(Some(session));
+                }
+                self.uploaded(done, attempt, &stored.facts.sha256, memory).await;
+            }
+            Ok(Err(Unsent::Gemini { error, session })) => {
+                memory.upload = keep(session.filter(|_| !error.is_refusal()));
+                self.uploaded(Err(error), attempt, &stored.facts.sha256, memory).await;
+            }
+            Ok(Err(Unsent::Store { failure: Failure::Passing(problem), session })) => {
+                memory.upload = keep(session);
+                of_job!(self, warn, problem = problem.message, "the input can't be sent");
+                memory.trouble = Some(passing(self.ctx, memory.trouble.as_ref(), problem));
+            }
+            Ok(Err(Unsent::Store { failure: Failure::Kubernetes(e), session })) => {
+                memory.upload = keep(session);
+                return Err(e);
+            }
+            // Looked at anew: what is wrong with it is found out there.
+            Ok(Err(Unsent::Store { failure: Failure::Changed | Failure::Problem { .. }, .. })) => {
+                of_job!(self, info, "the input is not what was checked: it is read again");
+                memory.stored = None;
+            }
+        }
+        Ok(())
     }
 
     /// Asks for the batch, once. Whatever is not a clean refusal or a readable answer is an unknown outcome.
@@ -496,7 +577,7 @@ impl Step<'_> {
         memory: &mut Memory,
     ) -> Result<(), kube::Error> {
         let Some(attempt) = decide::current_attempt(self.job) else { return Ok(()) };
-        let keys = self.keys(attempt).await?;
+        let Some(keys) = self.keys(attempt, memory).await? else { return Ok(()) };
         let limit = decide::output_name(self.job).map(|_| output::MAX_LINES_BYTES);
         let mut collector = Collector::new(keys, limit);
         let Some(key) = self.credential.map(|c| &c.key) else { return Ok(()) };
@@ -512,7 +593,8 @@ impl Step<'_> {
                     return Ok(());
                 }
                 // They are gone; those of this attempt are not.
-                collector = Collector::new(self.keys(attempt).await?, limit);
+                let Some(keys) = self.keys(attempt, memory).await? else { return Ok(()) };
+                collector = Collector::new(keys, limit);
                 collector.without_earlier();
             }
             Err(earlier::Error::Gemini(e)) => {
@@ -561,16 +643,32 @@ impl Step<'_> {
         Ok(collector.finish(file.map(|f| f.to_string())))
     }
 
-    /// The keys that were sent, if the input still is what was recorded.
-    async fn keys(&self, attempt: &Attempt) -> Result<Keys, kube::Error> {
+    /// The keys that were sent, if the input still is what was recorded; `None` if it can't be read for now.
+    async fn keys(&self, attempt: &Attempt, memory: &mut Memory) -> Result<Option<Keys>, kube::Error> {
         // The first attempt carried all requests.
         let first = self.job.status.iter().flat_map(|s| &s.attempts).find(|a| a.number == 1);
-        let Some(recorded) = &first.unwrap_or(attempt).input_sha256 else { return Ok(Keys::Unknown) };
+        let Some(recorded) = &first.unwrap_or(attempt).input_sha256 else { return Ok(Some(Keys::Unknown)) };
+        if let Some(of) = self.job.spec.stored_input() {
+            let ended = match &memory.remote {
+                Some(Remote::Seen(batch)) => batch.end_time,
+                _ => None,
+            };
+            return match stored::keys(self.ctx, self.job, of, recorded).await {
+                Ok(keys) => Ok(Some(keys)),
+                Err(Failure::Kubernetes(e)) => Err(e),
+                Err(failure) if !stored::worth_waiting(&failure, ended, self.ctx) => Ok(Some(Keys::Changed)),
+                Err(Failure::Problem { problem, .. } | Failure::Passing(problem)) => {
+                    memory.trouble = Some(passing(self.ctx, memory.trouble.as_ref(), problem));
+                    Ok(None)
+                }
+                Err(Failure::Changed) => Ok(Some(Keys::Changed)),
+            };
+        }
         let input = observe::input(&self.ctx.client, self.job, self.ctx.max_input_bytes).await?;
-        Ok(match input {
+        Ok(Some(match input {
             Ok(input) if input.sha256 == *recorded => Keys::Known(input.keys),
             _ => Keys::Changed,
-        })
+        }))
     }
 
     async fn store(&self, name: &str, memory: &mut Memory) -> Result<(), kube::Error> {

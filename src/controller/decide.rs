@@ -394,6 +394,12 @@ fn next(o: &Observed<'_>, now: Timestamp) -> Decision {
         }
         return in_trouble(o, trouble, now);
     }
+    if let Some(transfer) = &o.memory.transfer {
+        return lifecycle::despite_trouble(o, now).unwrap_or_else(|| Decision::Wait {
+            say: Some(Box::new(waiting(transfer, false))),
+            wake: Wake::OnChange, // it is woken
+        });
+    }
     match current_attempt(o.job) {
         None => submission::before_submission(o, now),
         Some(a) if a.outcome.is_some() => lifecycle::next_attempt(o, a, now),
@@ -429,7 +435,7 @@ fn stalled(problem: &Problem) -> Decision {
 /// A call fails for now. The first failure is not worth a write; a lasting one is said, and one after which
 /// Gemini asks for a long wait.
 fn in_trouble(o: &Observed<'_>, trouble: &Trouble, now: Timestamp) -> Decision {
-    let stalled = trouble.problem.reason == Reason::CredentialsRefused;
+    let stalled = !matches!(trouble.problem.reason, Reason::GeminiUnavailable | Reason::StoreUnavailable);
     let long = trouble.next > after(now, o.timings.trouble_longest);
     let say = (trouble.failures >= 2 || long).then(|| Box::new(waiting(&trouble.problem, stalled)));
     Decision::Wait { say, wake: Wake::At(trouble.next) }

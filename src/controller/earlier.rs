@@ -80,14 +80,27 @@ pub async fn without_answered(
     key: &ApiKey,
     input: Input,
 ) -> Result<Result<Input, Problem>, kube::Error> {
-    let mut answered = HashSet::new();
+    let mut keys = HashSet::new();
+    let read = answered(ctx, job, key, |key| {
+        keys.insert(key.to_owned());
+    });
+    Ok(read.await?.map(|()| input.without(&keys)))
+}
+
+/// Gives each key that an earlier attempt has a result for to `take`, some of them more than once.
+pub async fn answered(
+    ctx: &Context,
+    job: &GeminiBatchJob,
+    key: &ApiKey,
+    mut take: impl FnMut(&str),
+) -> Result<Result<(), Problem>, kube::Error> {
     let read = lines(ctx, job, key, |_, line| {
         if let Some(key) = line.key.as_deref().filter(|_| !is_unanswered(&line.outcome)) {
-            answered.insert(key.to_owned());
+            take(key);
         }
     });
     match read.await {
-        Ok(()) => Ok(Ok(input.without(&answered))),
+        Ok(()) => Ok(Ok(())),
         Err(Error::Kubernetes(e)) => Err(e),
         Err(Error::Gemini(e)) if e.is_absent() => Ok(Err(Problem::new(
             Reason::ResultsLost,

@@ -4,6 +4,7 @@
 //! line and never quote it: it may hold a prompt.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -11,8 +12,9 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::Problem;
 use super::identity::hex;
+use super::stored::Stored;
+use super::{InputFacts, Problem};
 use crate::api::{InputRequest, Reason};
 
 /// A longer key would not fit into messages and manifests; Google names no limit.
@@ -32,6 +34,17 @@ pub struct Input {
 }
 
 impl Input {
+    /// What a decision needs to know of it.
+    #[must_use]
+    pub fn facts(&self) -> InputFacts {
+        InputFacts {
+            sha256: self.sha256.clone(),
+            whole_sha256: self.whole_sha256.clone(),
+            count: i64::try_from(self.keys.len()).unwrap_or(i64::MAX),
+            bytes: i64::try_from(self.bytes.len()).unwrap_or(i64::MAX),
+        }
+    }
+
     /// Those requests whose key is not among `answered`.
     #[must_use]
     pub fn without(self, answered: &HashSet<String>) -> Self {
@@ -48,6 +61,26 @@ impl Input {
             bytes: bytes.into(),
             keys,
             whole_sha256: self.whole_sha256,
+        }
+    }
+}
+
+/// What an attempt carries: here, or where it lies.
+#[derive(Debug)]
+pub enum Carried {
+    /// In memory.
+    Whole(Input),
+    /// In an object store.
+    Stored(Arc<Stored>),
+}
+
+impl Carried {
+    /// What a decision needs to know of it.
+    #[must_use]
+    pub fn facts(&self) -> InputFacts {
+        match self {
+            Self::Whole(input) => input.facts(),
+            Self::Stored(stored) => stored.facts.clone(),
         }
     }
 }
@@ -147,7 +180,7 @@ pub fn from_lines(content: &[u8], source: &str, max_bytes: u64) -> Result<Input,
 }
 
 /// The key of one line, or what is wrong with the line.
-fn check_line(line: &str) -> Result<String, String> {
+pub(super) fn check_line(line: &str) -> Result<String, String> {
     #[derive(Deserialize)]
     struct Line<'a> {
         key: Option<Value>,

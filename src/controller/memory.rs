@@ -10,9 +10,11 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::collect::Collected;
 use super::decide::Wake;
+use super::stored::Stored;
 use super::{Credential, Problem};
-use crate::api::{Reason, Refusal};
-use crate::gemini::{Batch, BatchName};
+use crate::api::{ObjectStoreInput, Reason, Refusal};
+use crate::gemini::{Batch, BatchName, Session};
+use crate::store::Object;
 
 /// Everything remembered of one job.
 #[derive(Clone, Debug, Default)]
@@ -41,6 +43,14 @@ pub struct Memory {
     pub probe: Option<Probe>,
     /// A call to Gemini that fails for now.
     pub trouble: Option<Trouble>,
+    /// The input, if it lies in an object store and was checked.
+    pub stored: Option<Arc<Stored>>,
+    /// What was wrong with it, the last time that it was looked at.
+    pub stored_problem: Option<KnownProblem>,
+    /// What is under way beside the passes, and will wake the job: see [`super::transfers`].
+    pub transfer: Option<Problem>,
+    /// An upload that broke off and may go on, and the send that it is of.
+    pub upload: Option<(String, Session)>,
     /// Steps of the clean-up that are done.
     pub cleanup: Cleanup,
     /// The API key of an attempt that is, or may be, at Gemini: to cancel it with when the job is deleted and its
@@ -239,6 +249,19 @@ pub struct Trouble {
     pub next: Timestamp,
     /// What failed, for the condition.
     pub problem: Problem,
+}
+
+/// What is wrong with an input in an object store.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KnownProblem {
+    /// The job's words for the input.
+    pub of: ObjectStoreInput,
+    /// What is wrong.
+    pub problem: Problem,
+    /// The objects that it is about, if it came to that: the same ones need not be read again.
+    pub seen: Vec<Object>,
+    /// Until then it is not looked at again.
+    pub next: Timestamp,
 }
 
 /// The outcome of a probe of a key.

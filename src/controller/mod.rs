@@ -11,6 +11,9 @@
 //! | [`census`] | yes | what Gemini has that the cluster may have forgotten |
 //! | [`quota`] | no | who may send next, for each API key |
 //! | [`doorman`] | no | wakes those whose turn it is |
+//! | [`stored`] | yes | an input in an object store: checked, then sent, as a stream |
+//! | [`keys`] | no | millions of keys in bounded memory |
+//! | [`transfers`] | no | work as long as an object is large, beside the passes |
 //! | [`run`] | yes | drives the four, and the watch |
 //! | [`policy`] | no | what an administrator decided for all jobs |
 //! | [`schema_check`] | yes | whether the installed definition is as new as the operator |
@@ -26,6 +29,7 @@ pub mod earlier;
 pub mod ending;
 pub mod identity;
 pub mod input;
+pub mod keys;
 pub mod memory;
 pub mod metrics;
 pub mod namespaces;
@@ -37,7 +41,9 @@ pub mod report;
 pub mod ring;
 pub mod run;
 pub mod schema_check;
+pub mod stored;
 pub mod sweep;
+pub mod transfers;
 pub mod watched;
 
 use jiff::SignedDuration;

@@ -141,7 +141,7 @@ pub async fn is_terminating(client: &Client, namespace: &str) -> Result<bool, ku
     }
 }
 
-/// Reads and checks the input, unless it is somebody else's file.
+/// Reads and checks the input, unless it is somebody else's file or lies in an object store (see [`super::stored`]).
 pub async fn input(
     client: &Client,
     job: &GeminiBatchJob,
@@ -154,7 +154,7 @@ pub async fn input(
     let Some(at) = input.and_then(|i| i.config_map.as_ref()) else {
         return Ok(Err(Problem::new(
             Reason::InputInvalid,
-            "spec.input needs exactly one of requests, configMap and geminiFile",
+            "spec.input needs exactly one of requests, configMap, objectStore and geminiFile",
         )));
     };
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());

@@ -27,15 +27,16 @@ use url::Url;
 
 use super::census::{self, Census};
 use super::decide::{self, Change, Decision, Gate, Observed, Wake};
-use super::input::Input;
+use super::input::Carried;
 use super::memory::{Memory, OutputObject, Remote, Send, Stage, Why, after};
 use super::metrics::{By, ByOutcome, ByReason, Metrics};
 use super::observe;
 use super::policy::Policy;
 use super::quota::{self, Asker, Held, Ledger};
 use super::schema_check::{self, SchemaCheck};
+use super::transfers::Transfers;
 use super::watched::Watched;
-use super::{Credential, InputFacts, Timings, act, earlier, identity, namespaces, report};
+use super::{Credential, Timings, act, earlier, identity, namespaces, report, stored};
 use crate::api::conditions::cut;
 use crate::api::{DeletionPolicy, GeminiBatchJob, Reason};
 use crate::callback::keyring::KeyRing;
@@ -43,6 +44,7 @@ use crate::clock::Clock;
 use crate::crash;
 use crate::gemini;
 use crate::lease::Leadership;
+use crate::store::Stores;
 
 /// More steps in one go than any job takes: a guard against a decision that leads nowhere.
 const MAX_STEPS: usize = 64;
@@ -88,6 +90,10 @@ pub struct Context {
     pub leadership: Leadership,
     /// What an administrator decided for all jobs.
     pub policy: Policy,
+    /// Opens object stores.
+    pub stores: Arc<Stores>,
+    /// What is read from them and written to them, beside the passes.
+    pub transfers: Transfers,
     /// Whether the installed definition is as new as the operator.
     pub schema: SchemaCheck,
     /// Whether all jobs have been listed in this turn of leadership.
@@ -133,6 +139,8 @@ impl Context {
         metrics: Metrics,
         leadership: Leadership,
         policy: Policy,
+        stores: Stores,
+        transfers: u16,
     ) -> Self {
         Self {
             client,
@@ -148,6 +156,8 @@ impl Context {
             metrics,
             leadership,
             policy,
+            stores: Arc::new(stores),
+            transfers: Transfers::new(transfers),
             schema: SchemaCheck::default(),
             listed: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
@@ -264,6 +274,7 @@ pub async fn run(ctx: Arc<Context>, ring: super::ring::Place, stop: Cancellation
     let mut aside = JoinSet::new();
     aside.spawn(super::doorman::run(Arc::clone(&ctx), poke.clone(), turn.clone()));
     aside.spawn(schema_check::keep_current(Arc::clone(&ctx), store.clone(), poke.clone(), turn.clone()));
+    ctx.transfers.begin(poke.clone());
     aside.spawn(super::sweep::run(Arc::clone(&ctx), store.clone(), poke, turn.clone()));
     aside.spawn(super::ring::keep_current(Arc::clone(&ctx), ring, store.clone(), turn.clone()));
     let listed = store.clone();
@@ -315,6 +326,7 @@ pub async fn run(ctx: Arc<Context>, ring: super::ring::Place, stop: Cancellation
         () = watched => {}
     }
     turn.cancel();
+    ctx.transfers.end();
     while let Some(end) = aside.join_next().await {
         if end.is_err_and(|e| e.is_panic()) {
             tracing::error!("a task of the controller ended by a panic, which is a defect");
@@ -551,6 +563,7 @@ async fn unreadable(ctx: &Context, cached: &GeminiBatchJob, error: &serde_json::
 }
 
 fn forget(ctx: &Context, uid: &str) {
+    ctx.transfers.stop(uid);
     lock(&ctx.memories).remove(uid);
     lock(&ctx.failures).remove(uid);
     lock(&ctx.swept).remove(uid);
@@ -647,7 +660,7 @@ fn sent_with(job: &GeminiBatchJob, key: &Credential) -> bool {
 /// of the job that was left behind, and when to come again. `asked`: with which key it asked to be sent, and why
 /// it has to wait.
 async fn drive(
-    ctx: &Context,
+    ctx: &Arc<Context>,
     cached: &GeminiBatchJob,
     uid: &str,
     memory: &mut Memory,
@@ -665,6 +678,10 @@ async fn drive(
     let mut credential: Option<Result<Arc<Credential>, super::Problem>> = None;
     let mut input = None;
     let mut read_for = job.metadata.generation;
+    memory.transfer = None;
+    if !wants_transfers(&job) {
+        ctx.transfers.stop(uid);
+    }
 
     for _ in 0..MAX_STEPS {
         memory.is_about(decide::attempt_at_hand(&job));
@@ -682,13 +699,13 @@ async fn drive(
             _ => {}
         }
         if input.is_none() && decide::needs_input(&job, memory) {
-            input = Some(read_input(ctx, &job, key.as_ref()).await?);
+            input = read_input(ctx, &job, key.as_ref(), memory).await?;
         }
         let fresh_send_id = identity::new_send_id();
         let now = ctx.clock.now();
         let over = matches!(&memory.remote, Some(Remote::Seen(batch)) if batch.is_terminal());
         ctx.ledger().note(&job, over);
-        let usable = key.as_ref().and_then(|k| k.as_deref().ok());
+        let usable = key.as_ref().and_then(|k| k.as_ref().ok());
         let fingerprint = usable.map(|c| c.fingerprint.as_str());
         // What the cluster may have forgotten is looked for even if nothing may be sent: it is running.
         let mut unlisted = None;
@@ -709,13 +726,8 @@ async fn drive(
                     Some(Err(problem)) => Err(problem.clone()),
                     None => Ok(String::new()), // not needed: see `needs_credential`
                 },
-                input: input.as_ref().map(|i: &Result<super::input::Input, _>| match i {
-                    Ok(input) => Ok(InputFacts {
-                        sha256: input.sha256.clone(),
-                        whole_sha256: input.whole_sha256.clone(),
-                        count: i64::try_from(input.keys.len()).unwrap_or(i64::MAX),
-                        bytes: i64::try_from(input.bytes.len()).unwrap_or(i64::MAX),
-                    }),
+                input: input.as_ref().map(|i: &Result<Carried, _>| match i {
+                    Ok(input) => Ok(input.facts()),
                     Err(problem) => Err(problem.clone()),
                 }),
                 memory,
@@ -762,6 +774,9 @@ async fn drive(
                     matches!(action, decide::Action::UploadInput { .. } | decide::Action::Collect { .. });
                 step.take(&action, memory).await?;
                 crash::at("after", step_name);
+                if memory.stored.is_none() && matches!(input, Some(Ok(Carried::Stored(_)))) {
+                    input = None; // it has changed
+                }
                 if long {
                     // Much may have happened meanwhile, a deletion for example.
                     let Some(there) = fetch().await? else { return Ok(None) };
@@ -824,21 +839,41 @@ async fn drive(
     Err(Error::TooManySteps)
 }
 
-/// What the next attempt carries: all requests, or those without a result.
+/// Whether anything of the job may be on its way to or from an object store.
+fn wants_transfers(job: &GeminiBatchJob) -> bool {
+    let sent = decide::current_attempt(job).is_some_and(|a| a.batch_name.is_some() && a.outcome.is_none());
+    job.metadata.deletion_timestamp.is_none() && !decide::is_finished(job) && (sent || !job.spec.suspend)
+}
+
+/// What the next attempt carries: all requests, or those without a result. `None`: that is being found out, which memory
+/// says.
 async fn read_input(
-    ctx: &Context,
+    ctx: &Arc<Context>,
     job: &GeminiBatchJob,
     key: Option<&Result<Arc<Credential>, super::Problem>>,
-) -> Result<Result<Input, super::Problem>, kube::Error> {
+    memory: &mut Memory,
+) -> Result<Option<Result<Carried, super::Problem>>, kube::Error> {
+    if let Some(of) = job.spec.stored_input() {
+        return match key {
+            Some(Ok(key)) => {
+                let seen = stored::observe(ctx, job, of, key, memory).await?;
+                Ok(seen.map(|seen| seen.map(Carried::Stored)))
+            }
+            // That is said before the input counts, and nothing large is read for it.
+            Some(Err(problem)) => Ok(Some(Err(problem.clone()))),
+            None => Ok(None),
+        };
+    }
     let whole = match observe::input(&ctx.client, job, ctx.max_input_bytes).await? {
         Ok(whole) => whole,
-        Err(problem) => return Ok(Err(problem)),
+        Err(problem) => return Ok(Some(Err(problem))),
     };
-    match key {
-        Some(Ok(key)) => earlier::without_answered(ctx, job, &key.key, whole).await,
+    let carried = match key {
+        Some(Ok(key)) => earlier::without_answered(ctx, job, &key.key, whole).await?,
         // That is said before the input counts.
-        _ => Ok(Ok(whole)),
-    }
+        _ => Ok(whole),
+    };
+    Ok(Some(carried.map(Carried::Whole)))
 }
 
 /// Whether it is the job's turn among those that share its API key.

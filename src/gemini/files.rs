@@ -14,8 +14,8 @@ use super::batches::int64;
 use super::transport::{header, json_body};
 use super::{ApiKey, Client, Error, FileName};
 
-/// Google's SDK uses the same.
-const CHUNK_BYTES: usize = 8 << 20;
+/// Bytes of a chunk of an upload; only the last one may be shorter. Google's SDK uses the same.
+pub const CHUNK_BYTES: usize = 8 << 20;
 /// Tries for one chunk. Uploads cost nothing, so this is the one call that tries again by itself; where it
 /// goes on is asked of the server each time.
 const CHUNK_TRIES: u32 = 3;
@@ -76,6 +76,18 @@ pub struct Download {
     pub stream: BoxStream<'static, Result<Bytes, Error>>,
 }
 
+/// An upload that was begun. Shows nothing of itself: its URL is as good as a key.
+#[derive(Clone)]
+pub struct Session {
+    url: Url,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Session")
+    }
+}
+
 /// What the server says after a chunk.
 enum Progress {
     /// It has so many bytes.
@@ -92,25 +104,46 @@ impl Client {
         upload: Upload<'_>,
         mut body: impl AsyncRead + Unpin + Send,
     ) -> Result<File, Error> {
-        let session = self.start_upload(key, &upload).await?;
+        let session = self.begin_upload(key, &upload).await?;
         let mut offset = 0;
         loop {
             let chunk = next_chunk(&mut body, upload.size - offset).await?;
-            let last = offset + chunk.len() as u64 >= upload.size;
-            match self.put_chunk(&session, offset, &chunk, last).await? {
-                Progress::Complete(file) if last => return Ok(file),
-                Progress::Complete(_) => return Err(Error::local("the upload was finalized before its end")),
-                Progress::At(_) if last => {
-                    return Err(Error::local("all bytes were sent, but the upload is not finalized"));
-                }
-                Progress::At(at) => offset = at,
+            if offset + chunk.len() as u64 >= upload.size {
+                return self.finish_upload(&session, offset, &chunk).await;
             }
+            offset = self.upload_chunk(&session, offset, &chunk).await?;
         }
+    }
+
+    /// Sends a chunk that is not the last one, and says where the upload stands then.
+    pub async fn upload_chunk(&self, session: &Session, offset: u64, chunk: &Bytes) -> Result<u64, Error> {
+        match self.put_chunk(&session.url, offset, chunk, false).await? {
+            Progress::At(at) => Ok(at),
+            Progress::Complete(_) => Err(Error::local("the upload was finalized before its end")),
+        }
+    }
+
+    /// Sends the last chunk. Only then there is a file.
+    pub async fn finish_upload(&self, session: &Session, offset: u64, chunk: &Bytes) -> Result<File, Error> {
+        match self.put_chunk(&session.url, offset, chunk, true).await? {
+            Progress::Complete(file) => Ok(file),
+            Progress::At(_) => Err(Error::local("all bytes were sent, but the upload is not finalized")),
+        }
+    }
+
+    /// How many bytes of an upload that broke off have arrived; `None` if it can't go on.
+    pub async fn uploaded(&self, session: &Session) -> Result<Option<u64>, Error> {
+        Ok(match self.upload_command(&session.url, "query", None).await? {
+            (Some("active"), response) => {
+                header(response.headers(), "x-goog-upload-size-received").and_then(|s| s.parse().ok())
+            }
+            _ => None,
+        })
     }
 
     /// Opens an upload. The URL of the session is as good as a key: it is never logged, and whatever host
     /// it names, the configured one is used.
-    async fn start_upload(&self, key: &ApiKey, upload: &Upload<'_>) -> Result<Url, Error> {
+    pub async fn begin_upload(&self, key: &ApiKey, upload: &Upload<'_>) -> Result<Session, Error> {
         let url = self.url(&format!("/upload/{}/files", self.config.api_version), &[]);
         let mut request = Request::new(Method::POST, url);
         let mime = HeaderValue::from_str(upload.mime_type).map_err(|_| Error::local("not a MIME type"))?;
@@ -137,7 +170,7 @@ impl Client {
             && session.set_username("").is_ok()
             && session.set_password(None).is_ok();
         if pinned {
-            Ok(session)
+            Ok(Session { url: session })
         } else {
             Err(Error::local("an upload that was started with an unusable URL"))
         }

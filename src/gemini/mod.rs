@@ -24,7 +24,7 @@ mod transport;
 
 pub use batches::{Batch, BatchState, NewBatch, Page, RemoteStatus, Stats};
 pub use error::{Error, Hint, LineError};
-pub use files::{Download, File, Upload};
+pub use files::{CHUNK_BYTES, Download, File, Session, Upload};
 pub use key::{ApiKey, ApiKeyError};
 pub use names::{BatchName, FileName, ModelName, NameError};
 pub use transport::{Client, ClientConfig, ClientConfigError};

@@ -1,0 +1,831 @@
+//! An input that lies in an object store. Client required.
+//!
+//! It is read twice, each time as a stream. First it is checked line by line, counted and hashed, before anything is
+//! intended. Then it is sent to Gemini while that hash is made again; the last chunk, without which there is no file, is
+//! given back to the pass that asked, which sends it only if the hash is the same. So what was intended is what is paid
+//! for, whatever happens to the objects meanwhile.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Secret;
+use kube::{Api, Client, ResourceExt as _};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
+
+use super::collect::Keys;
+use super::identity::hex;
+use super::keys::{Hasher, Lines, Sorter};
+use super::memory::{KnownProblem, Memory, after};
+use super::run::Context;
+use super::transfers::{Owner, Waited};
+use super::{Credential, InputFacts, Problem, act, decide, earlier, input};
+use crate::api::{GeminiBatchJob, LocalRef, ObjectStoreInput, Reason};
+use crate::gemini::{self, CHUNK_BYTES, FileName, Session, Upload};
+use crate::store::{self, Access, Kind, Location, Object, Reader, Store, Stores};
+
+/// Where it stands in the job, for messages.
+const FIELD: &str = "spec.input.objectStore";
+/// Below one prefix.
+const MAX_OBJECTS: usize = 10_000;
+/// A request with a document in it is large; more than this Gemini does not take.
+const MAX_LINE_BYTES: usize = 32 << 20;
+/// Keys that are held in memory for joining: larger inputs are counted only.
+const MAX_KEYS_BYTES: usize = 16 << 20;
+
+/// A stored input that was checked.
+#[derive(Debug, PartialEq)]
+pub struct Stored {
+    /// What a decision needs to know of it.
+    pub facts: InputFacts,
+    /// The job's words for it.
+    of: ObjectStoreInput,
+    /// The objects as they were.
+    objects: Vec<Object>,
+    /// Lines that have a result already, if it is a further attempt that some have one.
+    answered: Option<Lines>,
+}
+
+/// Why it can't be had.
+#[derive(Debug)]
+pub enum Failure {
+    /// Somebody has to change something.
+    Problem {
+        /// What.
+        problem: Problem,
+        /// The objects that it is about: as long as they are the same, so is the problem.
+        seen: Vec<Object>,
+    },
+    /// Nobody: it is tried again.
+    Passing(Problem),
+    /// The objects are not those any more that were checked.
+    Changed,
+    /// The API server refused or did not answer.
+    Kubernetes(kube::Error),
+}
+
+impl From<store::Error> for Failure {
+    fn from(e: store::Error) -> Self {
+        if e.kind == Kind::Changed {
+            return Self::Changed;
+        }
+        let problem = problem_of(&e);
+        if e.kind == Kind::Unavailable { Self::Passing(problem) } else { Self::problem(problem) }
+    }
+}
+
+impl Failure {
+    fn problem(problem: Problem) -> Self {
+        Self::Problem { problem, seen: Vec::new() }
+    }
+}
+
+/// What a store's error is to a job.
+#[must_use]
+pub fn problem_of(e: &store::Error) -> Problem {
+    let reason = match e.kind {
+        Kind::Invalid => Reason::InputInvalid,
+        Kind::NotAllowed => Reason::StoreNotAllowed,
+        Kind::Credentials => Reason::CredentialsInvalid,
+        Kind::Denied => Reason::StoreAccessDenied,
+        Kind::NotFound => Reason::InputNotFound,
+        Kind::TooLarge => Reason::InputTooLarge,
+        Kind::Changed | Kind::Unavailable => Reason::StoreUnavailable,
+    };
+    Problem::new(reason, e.to_string())
+}
+
+/// How a job wants to get at a store: what its input and its output have in common.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// Where it stands in the job.
+    pub field: &'a str,
+    /// The Secret.
+    pub credentials: Option<&'a LocalRef>,
+    /// Instead of the cloud's own.
+    pub endpoint: Option<&'a str>,
+    /// Of S3.
+    pub region: Option<&'a str>,
+}
+
+/// Opens the store that holds `at`, with the credentials that the job names.
+pub async fn open(
+    client: &Client,
+    stores: &Stores,
+    namespace: &str,
+    at: &Location,
+    place: &Place<'_>,
+) -> Result<Store, Failure> {
+    let field = place.field;
+    let secret = match place.credentials {
+        Some(at) => Some((at.name.as_str(), secret(client, namespace, &at.name, field).await?)),
+        None => None,
+    };
+    let access = Access {
+        namespace,
+        field,
+        endpoint: place.endpoint,
+        region: place.region,
+        secret: secret.as_ref().map(|(name, data)| (*name, data)),
+    };
+    Ok(stores.open(at, &access)?)
+}
+
+async fn secret(
+    client: &Client,
+    namespace: &str,
+    name: &str,
+    field: &str,
+) -> Result<store::SecretData, Failure> {
+    let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
+    let missing = |what: String| Failure::problem(Problem::new(Reason::CredentialsNotFound, what));
+    match secrets.get_opt(name).await {
+        Ok(Some(secret)) => {
+            let data: BTreeMap<_, _> = secret.data.unwrap_or_default();
+            Ok(data.into_iter().map(|(key, value)| (key, value.0)).collect())
+        }
+        Ok(None) => Err(missing(format!(
+            "Secret {name} does not exist in this namespace: create it with credentials for the store, or correct \
+             {field}.credentialsRef"
+        ))),
+        Err(e) if super::output::is(&e, 403) => Err(missing(format!(
+            "the operator may not read Secret {name}, which {field}.credentialsRef names: an administrator has to allow it"
+        ))),
+        Err(e) => Err(Failure::Kubernetes(e)),
+    }
+}
+
+/// All that reading takes, apart from the job's turn.
+#[derive(Clone)]
+struct Source {
+    client: Client,
+    stores: Arc<Stores>,
+    namespace: String,
+    of: ObjectStoreInput,
+    max_bytes: u64,
+}
+
+impl Source {
+    fn new(ctx: &Context, job: &GeminiBatchJob, of: &ObjectStoreInput) -> Self {
+        Self {
+            client: ctx.client.clone(),
+            stores: Arc::clone(&ctx.stores),
+            namespace: job.namespace().unwrap_or_default(),
+            of: of.clone(),
+            max_bytes: ctx.max_input_bytes,
+        }
+    }
+
+    fn location(&self) -> Result<Location, store::Error> {
+        match (&self.of.uri, &self.of.prefix) {
+            (Some(uri), None) => Location::object(uri, "spec.input.objectStore.uri"),
+            (None, Some(prefix)) => Location::prefix(prefix, "spec.input.objectStore.prefix"),
+            _ => Err(store::Error::new(
+                Kind::Invalid,
+                "spec.input.objectStore needs exactly one of uri and prefix",
+            )),
+        }
+    }
+
+    async fn open(&self) -> Result<Store, Failure> {
+        let place = Place {
+            field: FIELD,
+            credentials: self.of.credentials_ref.as_ref(),
+            endpoint: self.of.endpoint.as_deref(),
+            region: self.of.region.as_deref(),
+        };
+        open(&self.client, &self.stores, &self.namespace, &self.location()?, &place).await
+    }
+
+    /// The objects as they are now.
+    async fn objects(&self, store: &Store) -> Result<Vec<Object>, Failure> {
+        let at = self.location()?;
+        let found = if self.of.uri.is_some() {
+            vec![store.head(&at.path).await?]
+        } else {
+            store.list(&at.path, MAX_OBJECTS).await?
+        };
+        if found.is_empty() {
+            return Err(Failure::problem(Problem::new(
+                Reason::InputNotFound,
+                format!(
+                    "there is no object below {}: put some there, or correct {FIELD}.prefix",
+                    shown(&self.of)
+                ),
+            )));
+        }
+        let bytes: u64 = found.iter().map(|object| object.size).sum();
+        if bytes > self.max_bytes {
+            return Err(Failure::Problem { problem: self.too_large(bytes), seen: found });
+        }
+        Ok(found)
+    }
+
+    fn too_large(&self, bytes: u64) -> Problem {
+        Problem::new(
+            Reason::InputTooLarge,
+            format!(
+                "{} holds {bytes} bytes; at most {} bytes are allowed: split the requests over several jobs",
+                shown(&self.of),
+                self.max_bytes
+            ),
+        )
+    }
+}
+
+/// The place in the job's words.
+fn shown(of: &ObjectStoreInput) -> &str {
+    of.uri.as_deref().or(of.prefix.as_deref()).unwrap_or_default()
+}
+
+/// One line that is not blank.
+struct Line<'a> {
+    text: &'a str,
+    /// Counted over all objects, blank ones included, from 0.
+    number: u64,
+}
+
+/// Reads objects line by line, one after the other.
+struct LineReader<'a> {
+    store: &'a Store,
+    objects: &'a [Object],
+    next: usize,
+    reader: Option<Reader<'a>>,
+    partial: Vec<u8>,
+    number: u64,
+    /// The number of the first line of each object that was begun.
+    starts: Vec<u64>,
+}
+
+impl<'a> LineReader<'a> {
+    fn new(store: &'a Store, objects: &'a [Object]) -> Self {
+        Self { store, objects, next: 0, reader: None, partial: Vec::new(), number: 0, starts: Vec::new() }
+    }
+
+    /// Where a line stands, for messages.
+    fn place(&self, number: u64) -> String {
+        let index = self.starts.partition_point(|start| *start <= number).saturating_sub(1);
+        let start = self.starts.get(index).copied().unwrap_or_default();
+        let name = self.objects.get(index).map(|object| self.store.uri(&object.path)).unwrap_or_default();
+        format!("{name}: line {}", number - start + 1)
+    }
+
+    fn invalid(&self, number: u64, what: &str) -> Failure {
+        let problem = Problem::new(Reason::InputInvalid, format!("{} {what}", self.place(number)));
+        Failure::Problem { problem, seen: self.objects.to_vec() }
+    }
+
+    /// Reads some bytes and gives each line that is whole to `each`, which says what is wrong with it. Whether there is
+    /// more.
+    async fn step(&mut self, mut each: impl FnMut(Line<'_>) -> Result<(), String>) -> Result<bool, Failure> {
+        let reader = if let Some(reader) = &mut self.reader {
+            reader
+        } else {
+            let Some(object) = self.objects.get(self.next) else { return Ok(false) };
+            self.next += 1;
+            self.starts.push(self.number);
+            self.reader.insert(self.store.read(object))
+        };
+        if let Some(bytes) = reader.next().await? {
+            self.feed(&bytes, &mut each)?;
+        } else {
+            self.reader = None;
+            if !self.partial.is_empty() {
+                self.feed(b"\n", &mut each)?; // the last line need not have one
+            }
+        }
+        Ok(true)
+    }
+
+    fn feed(
+        &mut self,
+        bytes: &[u8],
+        each: &mut impl FnMut(Line<'_>) -> Result<(), String>,
+    ) -> Result<(), Failure> {
+        let mut rest = bytes;
+        while let Some(end) = rest.iter().position(|b| *b == b'\n') {
+            let (line, after) = rest.split_at(end);
+            rest = &after[1..];
+            if self.partial.is_empty() {
+                self.line(line, each)?;
+            } else {
+                let mut whole = std::mem::take(&mut self.partial);
+                whole.extend_from_slice(line);
+                self.line(&whole, each)?;
+                whole.clear();
+                whole.shrink_to(1 << 20);
+                self.partial = whole;
+            }
+        }
+        self.partial.extend_from_slice(rest);
+        if self.partial.len() > MAX_LINE_BYTES {
+            return Err(self.invalid(self.number, &format!("has more than {MAX_LINE_BYTES} bytes")));
+        }
+        Ok(())
+    }
+
+    fn line(
+        &mut self,
+        mut line: &[u8],
+        each: &mut impl FnMut(Line<'_>) -> Result<(), String>,
+    ) -> Result<(), Failure> {
+        let number = self.number;
+        self.number += 1;
+        if self.starts.last() == Some(&number) {
+            if line.starts_with(&[0x1f, 0x8b]) || line.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
+                return Err(
+                    self.invalid(number, "is compressed, which is not read: store it as plain JSON Lines")
+                );
+            }
+            line = line.strip_prefix("\u{feff}".as_bytes()).unwrap_or(line);
+        }
+        let Ok(text) = std::str::from_utf8(line) else {
+            return Err(self.invalid(number, "is not valid UTF-8"));
+        };
+        let text = text.trim();
+        if text.is_empty() {
+            return Ok(());
+        }
+        each(Line { text, number }).map_err(|what| self.invalid(number, &what))
+    }
+}
+
+/// Count, size and hash of lines as they are uploaded.
+#[derive(Default)]
+struct Tally {
+    count: i64,
+    bytes: u64,
+    hash: Sha256,
+}
+
+impl Tally {
+    fn add(&mut self, line: &str) {
+        self.count += 1;
+        self.bytes += line.len() as u64 + 1;
+        self.hash.update(line);
+        self.hash.update(b"\n");
+    }
+
+    fn facts(self, whole_sha256: Option<&str>) -> InputFacts {
+        let sha256 = hex(&self.hash.finalize());
+        InputFacts {
+            whole_sha256: whole_sha256.map_or_else(|| sha256.clone(), ToOwned::to_owned),
+            sha256,
+            count: self.count,
+            bytes: i64::try_from(self.bytes).unwrap_or(i64::MAX),
+        }
+    }
+}
+
+/// The temporary directory is the operator's own affair.
+fn no_room(e: &std::io::Error) -> Failure {
+    Failure::Passing(Problem::new(
+        Reason::StoreUnavailable,
+        format!(
+            "the operator can't write to its temporary directory ({}): an administrator has to give it room there (TMPDIR); \
+             it is tried again",
+            e.kind()
+        ),
+    ))
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> Result<T, Failure> {
+    let done = tokio::task::spawn_blocking(work).await.map_err(std::io::Error::other);
+    done.and_then(|done| done).map_err(|e| no_room(&e))
+}
+
+async fn spilled(mut sorter: Sorter) -> Result<Sorter, Failure> {
+    if !sorter.is_full() {
+        return Ok(sorter);
+    }
+    blocking(move || sorter.spill().map(|()| sorter)).await
+}
+
+/// The first pass. `known`: objects and the problem that they had; if they are the same, so is it. `answered`: gives the
+/// keys that have a result to the sorter, if this is a further attempt.
+async fn read(
+    source: Source,
+    known: Option<(Vec<Object>, Problem)>,
+    answered: impl AsyncFnOnce(Sorter) -> Result<Option<Sorter>, Failure>,
+) -> Result<Stored, Failure> {
+    let store = source.open().await?;
+    let objects = source.objects(&store).await?;
+    if let Some((seen, problem)) = known
+        && seen == objects
+    {
+        return Err(Failure::Problem { problem, seen });
+    }
+    let hasher = Hasher::default();
+    let mut sorter = Sorter::new(&hasher, std::env::temp_dir());
+    let mut whole = Tally::default();
+    let mut lines = LineReader::new(&store, &objects);
+    let check = |line: &Line<'_>| {
+        input::check_line(line.text).map_err(|what| {
+            format!("{what}. Each line must be a JSON object like {{\"key\": \"…\", \"request\": {{\"contents\": […]}}}}")
+        })
+    };
+    while lines
+        .step(|line| {
+            sorter.push(&check(&line)?, line.number);
+            whole.add(line.text);
+            Ok(())
+        })
+        .await?
+    {
+        sorter = spilled(sorter).await?;
+        // A byte for each object's last newline may have come on top.
+        if whole.bytes > source.max_bytes {
+            return Err(Failure::Problem { problem: source.too_large(whole.bytes), seen: objects.clone() });
+        }
+    }
+    if whole.count == 0 {
+        let problem = Problem::new(
+            Reason::InputInvalid,
+            format!("{} holds no requests: add at least one line", shown(&source.of)),
+        );
+        return Err(Failure::Problem { problem, seen: objects.clone() });
+    }
+    let answered = answered(Sorter::new(&hasher, std::env::temp_dir())).await?;
+    let count = lines.number;
+    let (duplicate, answered) = blocking(move || {
+        let answered = answered.map(Sorter::sorted).transpose()?;
+        sorter.sorted()?.examine(count, answered)
+    })
+    .await?;
+    if let Some((first, second)) = duplicate {
+        let problem = Problem::new(
+            Reason::InputInvalid,
+            format!(
+                "{} has the same key as {}; keys must be unique, they join each result with its request",
+                lines.place(second),
+                lines.place(first)
+            ),
+        );
+        return Err(Failure::Problem { problem, seen: objects.clone() });
+    }
+    let facts = whole.facts(None);
+    if answered.is_empty() {
+        return Ok(Stored { facts, of: source.of, objects, answered: None });
+    }
+    // What is left has a hash of its own, which has to be known before it is intended to be sent.
+    let mut left = Tally::default();
+    let mut whole = Tally::default();
+    let mut lines = LineReader::new(&store, &objects);
+    while lines
+        .step(|line| {
+            whole.add(line.text);
+            if !answered.contains(line.number) {
+                left.add(line.text);
+            }
+            Ok(())
+        })
+        .await?
+    {}
+    if whole.facts(None) != facts {
+        return Err(Failure::Changed);
+    }
+    Ok(Stored { facts: left.facts(Some(&facts.sha256)), of: source.of, objects, answered: Some(answered) })
+}
+
+/// What the job carries next, if it is known by now; `None`: that is being found out, or will be tried again.
+pub async fn observe(
+    ctx: &Arc<Context>,
+    job: &GeminiBatchJob,
+    of: &ObjectStoreInput,
+    key: &Arc<Credential>,
+    memory: &mut Memory,
+) -> Result<Option<Result<Arc<Stored>, Problem>>, kube::Error> {
+    let now = ctx.clock.now();
+    if let Some(stored) = memory.stored.as_ref().filter(|stored| stored.of == *of) {
+        return Ok(Some(Ok(Arc::clone(stored))));
+    }
+    let known = memory.stored_problem.as_ref().filter(|known| known.of == *of);
+    if let Some(known) = known.filter(|known| known.next > now) {
+        return Ok(Some(Err(known.problem.clone())));
+    }
+    if memory.transfer.is_some() || memory.trouble.as_ref().is_some_and(|t| t.next > now) {
+        return Ok(None);
+    }
+    let before =
+        known.map(|known| (known.seen.clone(), known.problem.clone())).filter(|(seen, _)| !seen.is_empty());
+    let what = format!("read for {} {}", decide::attempt_at_hand(job), serde_json::json!(of));
+    let source = Source::new(ctx, job, of);
+    let (ctx2, job2, key2) = (Arc::clone(ctx), job.clone(), Arc::clone(key));
+    let work = || async move {
+        read(source, before, async move |sorter| answered(&ctx2, &job2, &key2, sorter).await).await
+    };
+    let waited = ctx.transfers.run(&owner(job), &what, woken(ctx, job), work).await;
+    Ok(match waited {
+        Waited::Done(Ok(stored)) => {
+            memory.trouble = None;
+            memory.stored_problem = None;
+            let stored = Arc::new(stored);
+            memory.stored = Some(Arc::clone(&stored));
+            Some(Ok(stored))
+        }
+        Waited::Done(Err(Failure::Problem { problem, seen })) => {
+            memory.trouble = None;
+            let next = after(ctx.clock.now(), ctx.timings.recheck / 2);
+            memory.stored_problem =
+                Some(KnownProblem { of: of.clone(), problem: problem.clone(), seen, next });
+            Some(Err(problem))
+        }
+        Waited::Done(Err(Failure::Passing(problem))) => {
+            memory.trouble = Some(act::passing(ctx, memory.trouble.as_ref(), problem));
+            None
+        }
+        Waited::Done(Err(Failure::Changed)) => {
+            memory.trouble = Some(act::passing(ctx, memory.trouble.as_ref(), changed(of)));
+            None
+        }
+        Waited::Done(Err(Failure::Kubernetes(e))) => return Err(e),
+        // What was wrong is said until it is known to be right.
+        Waited::Running | Waited::Queued if known.is_some() => known.map(|known| Err(known.problem.clone())),
+        Waited::Running => {
+            memory.transfer = Some(waiting(format!("the input at {} is being read and checked", shown(of))));
+            None
+        }
+        Waited::Queued => {
+            memory.transfer = Some(queued(ctx));
+            None
+        }
+    })
+}
+
+fn changed(of: &ObjectStoreInput) -> Problem {
+    Problem::new(
+        Reason::StoreUnavailable,
+        format!("{} was changed while it was read; it is read again", shown(of)),
+    )
+}
+
+fn waiting(message: impl Into<String>) -> Problem {
+    Problem::new(Reason::WaitingForTransfer, message)
+}
+
+fn queued(ctx: &Context) -> Problem {
+    waiting(format!(
+        "the input waits for other jobs' transfers to end, of which {} run at a time (--transfers)",
+        ctx.transfers.size()
+    ))
+}
+
+fn owner(job: &GeminiBatchJob) -> Owner {
+    Owner {
+        uid: job.uid().unwrap_or_default(),
+        namespace: job.namespace().unwrap_or_default(),
+        name: job.name_any(),
+    }
+}
+
+fn woken(ctx: &Arc<Context>, job: &GeminiBatchJob) -> impl FnOnce() + Send + 'static {
+    let (ctx, uid) = (Arc::clone(ctx), job.uid().unwrap_or_default());
+    move || ctx.unsettle(&uid)
+}
+
+/// The keys that have a result by earlier attempts.
+async fn answered(
+    ctx: &Context,
+    job: &GeminiBatchJob,
+    key: &Credential,
+    mut sorter: Sorter,
+) -> Result<Option<Sorter>, Failure> {
+    let mut failed = None;
+    let read = earlier::answered(ctx, job, &key.key, |key| {
+        sorter.push(key, 0);
+        // Here and there a tenth of a second on this thread.
+        if sorter.is_full()
+            && let Err(e) = sorter.spill()
+        {
+            failed = Some(e);
+        }
+    })
+    .await
+    .map_err(Failure::Kubernetes)?;
+    if let Some(e) = failed {
+        return Err(no_room(&e));
+    }
+    match read {
+        Ok(()) => Ok(Some(sorter)),
+        Err(problem) if problem.reason == Reason::GeminiUnavailable => Err(Failure::Passing(problem)),
+        Err(problem) => Err(Failure::problem(problem)),
+    }
+}
+
+/// All of an upload but its last chunk.
+pub struct Prepared {
+    /// The upload.
+    pub session: Session,
+    /// Where the last chunk begins.
+    pub offset: u64,
+    /// The last chunk.
+    pub last: Bytes,
+}
+
+/// Why there is none.
+pub enum Unsent {
+    /// The store's side.
+    Store {
+        /// What is wrong.
+        failure: Failure,
+        /// The upload, to go on with.
+        session: Option<Session>,
+    },
+    /// Gemini's side.
+    Gemini {
+        /// What is wrong.
+        error: gemini::Error,
+        /// The upload, to go on with.
+        session: Option<Session>,
+    },
+}
+
+/// What the upload is called.
+pub struct Name {
+    /// At Gemini.
+    pub file: FileName,
+    /// For people.
+    pub display: String,
+}
+
+/// The second pass, or more of it. Goes on with an upload that broke off.
+pub async fn prepare(
+    ctx: &Arc<Context>,
+    job: &GeminiBatchJob,
+    stored: &Arc<Stored>,
+    key: &Arc<Credential>,
+    name: Name,
+    session: Option<Session>,
+) -> Result<Result<Prepared, Unsent>, Problem> {
+    let what = format!("send {}", name.file);
+    let source = Source::new(ctx, job, &stored.of);
+    let (gemini, stored2, key) = (ctx.gemini.clone(), Arc::clone(stored), Arc::clone(key));
+    let work = || async move { send(source, &stored2, gemini, &key, &name, session).await };
+    match ctx.transfers.run(&owner(job), &what, woken(ctx, job), work).await {
+        Waited::Done(done) => Ok(done),
+        Waited::Running => {
+            Err(waiting(format!("the input is on its way from {} to Gemini", shown(&stored.of))))
+        }
+        Waited::Queued => Err(queued(ctx)),
+    }
+}
+
+async fn send(
+    source: Source,
+    stored: &Stored,
+    gemini: gemini::Client,
+    key: &Credential,
+    name: &Name,
+    session: Option<Session>,
+) -> Result<Prepared, Unsent> {
+    let size = u64::try_from(stored.facts.bytes).unwrap_or_default();
+    let store = match source.open().await {
+        Ok(store) => store,
+        Err(failure) => return Err(Unsent::Store { failure, session }),
+    };
+    let going_on = match session {
+        Some(session) => match gemini.uploaded(&session).await {
+            Ok(at) => at.filter(|at| *at < size).map(|at| (session, at)),
+            Err(e) if e.is_refusal() => None,
+            Err(error) => return Err(Unsent::Gemini { error, session: Some(session) }),
+        },
+        None => None,
+    };
+    let (session, begin) = match going_on {
+        Some(going_on) => going_on,
+        None => {
+            let upload = Upload {
+                name: &name.file,
+                display_name: &name.display,
+                mime_type: "application/jsonl",
+                size,
+            };
+            match gemini.begin_upload(&key.key, &upload).await {
+                Ok(session) => (session, 0),
+                Err(error) => return Err(Unsent::Gemini { error, session: None }),
+            }
+        }
+    };
+    // Of three chunks one is filled, one waits and one is on its way.
+    let (chunks, mut ready) = mpsc::channel::<Bytes>(1);
+    let reading = fill(&store, stored, begin, chunks);
+    let sending = async {
+        let mut offset = begin;
+        while let Some(chunk) = ready.recv().await {
+            offset = gemini.upload_chunk(&session, offset, &chunk).await?;
+        }
+        Ok(offset)
+    };
+    // Whichever fails first ends the other.
+    match futures::future::try_join(async { reading.await.map_err(Side::Store) }, async {
+        sending.await.map_err(Side::Gemini)
+    })
+    .await
+    {
+        Ok((last, offset)) => Ok(Prepared { session, offset, last }),
+        Err(Side::Store(failure)) => Err(Unsent::Store { failure, session: Some(session) }),
+        Err(Side::Gemini(error)) => Err(Unsent::Gemini { error, session: Some(session) }),
+    }
+}
+
+enum Side {
+    Store(Failure),
+    Gemini(gemini::Error),
+}
+
+/// Gives whole chunks away, from that byte of the upload on, and returns the last one if all was as it had been checked.
+async fn fill(
+    store: &Store,
+    stored: &Stored,
+    begin: u64,
+    chunks: mpsc::Sender<Bytes>,
+) -> Result<Bytes, Failure> {
+    let mut tally = Tally::default();
+    let mut skip = usize::try_from(begin).unwrap_or(usize::MAX);
+    let mut chunk = BytesMut::new();
+    let mut lines = LineReader::new(store, &stored.objects);
+    while lines
+        .step(|line| {
+            if stored.answered.as_ref().is_some_and(|lines| lines.contains(line.number)) {
+                return Ok(());
+            }
+            tally.add(line.text);
+            for part in [line.text.as_bytes(), b"\n"] {
+                let known = skip.min(part.len());
+                skip -= known;
+                chunk.extend_from_slice(&part[known..]);
+            }
+            Ok(())
+        })
+        .await?
+    {
+        while chunk.len() > CHUNK_BYTES {
+            let whole = chunk.split_to(CHUNK_BYTES).freeze();
+            if chunks.send(whole).await.is_err() {
+                std::future::pending::<()>().await; // the other side says what is wrong
+            }
+        }
+    }
+    let now = tally.facts(Some(&stored.facts.whole_sha256));
+    if now != stored.facts {
+        return Err(Failure::Changed);
+    }
+    Ok(chunk.freeze())
+}
+
+/// The keys of all requests, if they still hash to `sha256` and are not too many to hold in memory.
+pub async fn keys(
+    ctx: &Context,
+    job: &GeminiBatchJob,
+    of: &ObjectStoreInput,
+    sha256: &str,
+) -> Result<Keys, Failure> {
+    let source = Source::new(ctx, job, of);
+    let store = source.open().await?;
+    let objects = source.objects(&store).await?;
+    let mut tally = Tally::default();
+    let (mut keys, mut bytes) = (Vec::new(), 0);
+    let mut lines = LineReader::new(&store, &objects);
+    while lines
+        .step(|line| {
+            tally.add(line.text);
+            if bytes <= MAX_KEYS_BYTES {
+                let key = input::check_line(line.text)?;
+                bytes += key.len() + 24;
+                keys.push(key);
+            }
+            Ok(())
+        })
+        .await?
+    {}
+    Ok(if tally.facts(None).sha256 != sha256 {
+        Keys::Changed
+    } else if bytes > MAX_KEYS_BYTES {
+        Keys::Unknown
+    } else {
+        Keys::Known(keys)
+    })
+}
+
+/// Whether that is worth waiting for when results are to be joined, which expire.
+#[must_use]
+pub fn worth_waiting(failure: &Failure, ended: Option<Timestamp>, ctx: &Context) -> bool {
+    let now = ctx.clock.now();
+    match failure {
+        // What is gone is gone, and what was changed is not what was sent.
+        Failure::Changed => false,
+        Failure::Problem { problem, .. }
+            if matches!(problem.reason, Reason::InputNotFound | Reason::InputInvalid) =>
+        {
+            false
+        }
+        Failure::Problem { .. } | Failure::Passing(_) => {
+            ended.is_none_or(|ended| after(ended, ctx.timings.result_patience) > now)
+        }
+        Failure::Kubernetes(_) => true,
+    }
+}

@@ -1,0 +1,257 @@
+//! What an answer that is no success means. Pure: no client required.
+//!
+//! Codes from a fixed list are passed on, texts never: a store's answer may quote a key id, a policy or a whole request.
+
+use std::error::Error as _;
+
+use super::endpoint::Forbidden;
+
+/// What somebody has to do about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The job has to be changed.
+    Invalid,
+    /// An administrator has to allow it, or the job has to be changed.
+    NotAllowed,
+    /// The Secret holds no credentials for this store.
+    Credentials,
+    /// The store refuses the credentials.
+    Denied,
+    /// The object or the bucket does not exist.
+    NotFound,
+    /// It is more than allowed.
+    TooLarge,
+    /// The object is not the one any more that was seen before.
+    Changed,
+    /// Nobody: it is tried again.
+    Unavailable,
+}
+
+/// What went wrong, and what to change. Holds no secret and no text of an answer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    /// What somebody has to do about it.
+    pub kind: Kind,
+    message: String,
+}
+
+impl Error {
+    /// An error.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+}
+
+/// Codes of S3, Cloud Storage and Blob Storage that say what is wrong with credentials.
+const DENIED: [&str; 16] = [
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "TokenRefreshRequired",
+    "AccountProblem",
+    "AllAccessDisabled",
+    "AuthenticationFailed",
+    "AuthorizationPermissionMismatch",
+    "AuthorizationFailure",
+    "InsufficientAccountPermissions",
+    "invalid_grant",
+    "invalid_client",
+    "unauthorized_client",
+    "RequestTimeTooSkewed",
+    "AccessDenied",
+];
+
+const NO_BUCKET: [&str; 4] =
+    ["NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist", "bucket does not exist"];
+
+/// What the whole chain of an error says, for looking up codes in it. Never shown.
+fn chain(error: &object_store::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(e) = source {
+        text.push('\n');
+        text.push_str(&e.to_string());
+        source = e.source();
+    }
+    text
+}
+
+fn forbidden(error: &object_store::Error) -> Option<Forbidden> {
+    let mut source = error.source();
+    while let Some(e) = source {
+        if let Some(forbidden) = e.downcast_ref::<Forbidden>() {
+            return Some(forbidden.clone());
+        }
+        source = e.source();
+    }
+    None
+}
+
+/// Whether it says more than its status code.
+pub(super) fn says_more(error: &object_store::Error) -> bool {
+    let text = chain(error);
+    DENIED.iter().chain(&NO_BUCKET).any(|code| text.contains(code))
+}
+
+/// The answer to a request about `uri`, sent to `host` because of what stands in `field`.
+pub(super) fn of(error: &object_store::Error, host: &str, uri: &str, field: &str) -> Error {
+    if let Some(forbidden) = forbidden(error) {
+        return forbidden.explain(field);
+    }
+    let text = chain(error);
+    let denied = |status: &str| {
+        let code = DENIED.iter().find(|code| text.contains(*code)).unwrap_or(&status);
+        Error::new(
+            Kind::Denied,
+            format!(
+                "{host} refuses access to {uri} ({code}): put valid credentials into the Secret that \
+                 {field}.credentialsRef names, or allow those that are there to read it (and to list the bucket, for a \
+                 prefix)"
+            ),
+        )
+    };
+    let no_bucket = NO_BUCKET.iter().any(|code| text.contains(code));
+    match error {
+        object_store::Error::NotFound { .. } if no_bucket => Error::new(
+            Kind::NotFound,
+            format!("the bucket of {uri} does not exist: create it, or correct {field}"),
+        ),
+        object_store::Error::NotFound { .. } => Error::new(
+            Kind::NotFound,
+            format!("{uri} does not exist: put the object there, or correct {field}"),
+        ),
+        object_store::Error::PermissionDenied { .. } => denied("HTTP 403"),
+        object_store::Error::Unauthenticated { .. } => denied("HTTP 401"),
+        object_store::Error::Precondition { .. } | object_store::Error::NotModified { .. } => {
+            Error::new(Kind::Changed, format!("{uri} was changed while it was read"))
+        }
+        object_store::Error::InvalidPath { .. } => Error::new(
+            Kind::Invalid,
+            format!(
+                "{uri} has an object whose name has \".\", \"..\" or nothing between two slashes: rename it"
+            ),
+        ),
+        _ if text.contains("Received redirect without LOCATION")
+            || text.contains("PermanentRedirect")
+            || text.contains("AuthorizationHeaderMalformed") =>
+        {
+            Error::new(
+                Kind::Invalid,
+                format!(
+                    "{host} says that the bucket of {uri} is in another region: set {field}.region to its own"
+                ),
+            )
+        }
+        _ if DENIED.iter().any(|code| text.contains(code)) => denied("refused"),
+        _ => {
+            let (kind, what) = passing(&text);
+            let more = if kind == Kind::Invalid {
+                format!("; check {field}")
+            } else {
+                "; it is tried again".to_owned()
+            };
+            Error::new(kind, format!("{host} can't be read ({what}){more}"))
+        }
+    }
+}
+
+/// In a few words of our own.
+fn passing(text: &str) -> (Kind, String) {
+    if let Some(status) = status(text) {
+        // What a store does not understand, it will not understand the next time.
+        let kind = if (400..500).contains(&status) && ![408, 425, 429].contains(&status) {
+            Kind::Invalid
+        } else {
+            Kind::Unavailable
+        };
+        return (kind, format!("HTTP {status}"));
+    }
+    let lower = text.to_ascii_lowercase();
+    let says = |words: &[&str]| words.iter().any(|w| lower.contains(w));
+    let what = if says(&["timed out", "timeout"]) {
+        "it does not answer in time"
+    } else if says(&["dns error", "failed to lookup", "name or service not known"]) {
+        "its name can't be resolved"
+    } else if says(&["certificate", "tls"]) {
+        "no secure connection can be made"
+    } else if says(&["connection refused", "error trying to connect", "tcp connect"]) {
+        "it can't be connected to"
+    } else {
+        "the connection broke off"
+    };
+    (Kind::Unavailable, what.to_owned())
+}
+
+/// The status code, as object_store words it.
+fn status(text: &str) -> Option<u16> {
+    let after = text.split("non-2xx status code: ").nth(1)?;
+    let digits: String = after.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().ok()
+}
+
+/// A store that can't be opened with what the Secret, or the pod, has.
+pub(super) fn of_settings(_: &object_store::Error, secret: Option<&str>) -> Error {
+    match secret {
+        Some(name) => Error::new(
+            Kind::Credentials,
+            format!("what Secret {name} holds can't be used: see docs/inputs-and-results.md"),
+        ),
+        None => Error::new(
+            Kind::NotAllowed,
+            "the operator's own identity is not set up for this store: an administrator has to see to that, or name a \
+             Secret in credentialsRef",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn generic(text: &str) -> object_store::Error {
+        object_store::Error::Generic { store: "S3", source: text.to_owned().into() }
+    }
+
+    fn told(error: &object_store::Error) -> (Kind, String) {
+        let e = of(error, "the store at http://x", "s3://b/k", "spec.input.objectStore");
+        (e.kind, e.to_string())
+    }
+
+    #[test]
+    fn answers_are_told_apart_and_never_quoted() {
+        let canary = "CANARY-AKIA";
+        let status = |code: &str| {
+            generic(&format!("Server returned non-2xx status code: {code}: <Key>{canary}</Key>"))
+        };
+        let permission = |text: &str| object_store::Error::PermissionDenied {
+            path: "k".into(),
+            source: format!("{text} {canary}").into(),
+        };
+        let missing = |text: &str| object_store::Error::NotFound {
+            path: "k".into(),
+            source: format!("{text} {canary}").into(),
+        };
+        for (error, kind, says) in [
+            (status("503 Service Unavailable"), Kind::Unavailable, "HTTP 503"),
+            (status("500 Internal Server Error"), Kind::Unavailable, "HTTP 500"),
+            (status("429 Too Many Requests"), Kind::Unavailable, "HTTP 429"),
+            (status("400 Bad Request"), Kind::Invalid, "HTTP 400"),
+            (status("400 Bad Request: ExpiredToken"), Kind::Denied, "ExpiredToken"),
+            (status("400: AuthorizationHeaderMalformed"), Kind::Invalid, "region"),
+            (generic(&format!("operation timed out {canary}")), Kind::Unavailable, "in time"),
+            (generic(&format!("Connection refused {canary}")), Kind::Unavailable, "connected"),
+            (generic(&format!("dns error {canary}")), Kind::Unavailable, "resolved"),
+            (generic(canary), Kind::Unavailable, "broke off"),
+            (permission("InvalidAccessKeyId"), Kind::Denied, "InvalidAccessKeyId"),
+            (permission("odd"), Kind::Denied, "HTTP 403"),
+            (missing("NoSuchBucket"), Kind::NotFound, "the bucket of s3://b/k does not exist"),
+            (missing("NoSuchKey"), Kind::NotFound, "s3://b/k does not exist"),
+        ] {
+            let (found, message) = told(&error);
+            assert_eq!(found, kind, "{message}");
+            assert!(message.contains(says) && !message.contains("CANARY"), "{message}");
+        }
+    }
+}
