@@ -24,7 +24,7 @@ use super::observe;
 use super::output::{self, Done};
 use super::run::Context;
 use super::stored::{self, Failure, Stored, Unsent};
-use super::{Credential, Problem, earlier, ending, identity};
+use super::{Credential, Problem, earlier, ending, identity, shards};
 use crate::api::{Attempt, GeminiBatchJob, Reason, Refusal, RefusedCall};
 use crate::callback::keyring::KeyRing;
 use crate::callback::token::{JobRef, Token, callback_url};
@@ -216,6 +216,7 @@ impl Step<'_> {
             }
             Action::DeleteBatch { batch } => self.delete_batch(batch, memory).await,
             Action::DeleteJob => self.delete_job(memory).await?,
+            Action::Shards(action) => shards::act::take(self.ctx, self.job, action, memory).await?,
         }
         Ok(())
     }

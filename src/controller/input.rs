@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::identity::hex;
+use super::shards::plan::Plan;
 use super::stored::Stored;
 use super::{InputFacts, Problem};
 use crate::api::{InputRequest, Reason};
@@ -31,6 +32,8 @@ pub struct Input {
     pub whole_sha256: String,
     /// The keys in input order.
     pub keys: Vec<String>,
+    /// Where it is split, if it is.
+    pub plan: Option<Arc<Plan>>,
 }
 
 impl Input {
@@ -61,6 +64,7 @@ impl Input {
             bytes: bytes.into(),
             keys,
             whole_sha256: self.whole_sha256,
+            plan: self.plan,
         }
     }
 }
@@ -81,6 +85,15 @@ impl Carried {
         match self {
             Self::Whole(input) => input.facts(),
             Self::Stored(stored) => stored.facts.clone(),
+        }
+    }
+
+    /// Where it is split, if it is.
+    #[must_use]
+    pub fn plan(&self) -> Option<&Arc<Plan>> {
+        match self {
+            Self::Whole(input) => input.plan.as_ref(),
+            Self::Stored(stored) => stored.plan.as_ref(),
         }
     }
 }
@@ -176,7 +189,7 @@ pub fn from_lines(content: &[u8], source: &str, max_bytes: u64) -> Result<Input,
         return Err(too_large(bytes.len()));
     }
     let sha256 = hex(&Sha256::digest(&bytes));
-    Ok(Input { whole_sha256: sha256.clone(), sha256, bytes: bytes.into(), keys })
+    Ok(Input { whole_sha256: sha256.clone(), sha256, bytes: bytes.into(), keys, plan: None })
 }
 
 /// The key of one line, or what is wrong with the line.

@@ -10,6 +10,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::collect::Collected;
 use super::decide::Wake;
+use super::shards;
 use super::stored::Stored;
 use super::{Credential, Problem};
 use crate::api::{ObjectStoreInput, Reason, Refusal};
@@ -51,6 +52,8 @@ pub struct Memory {
     pub transfer: Option<Problem>,
     /// An upload that broke off and may go on, and the send that it is of.
     pub upload: Option<(String, Session)>,
+    /// The parts of a sharded job.
+    pub shards: shards::Known,
     /// Steps of the clean-up that are done.
     pub cleanup: Cleanup,
     /// The API key of an attempt that is, or may be, at Gemini: to cancel it with when the job is deleted and its

@@ -6,6 +6,7 @@
 //! for, whatever happens to the objects meanwhile.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
@@ -20,6 +21,10 @@ use super::identity::hex;
 use super::keys::{Hasher, Lines, Sorter};
 use super::memory::{KnownProblem, Memory, after};
 use super::run::Context;
+use super::shards::{
+    self,
+    plan::{self, Cutter, Limits, Plan},
+};
 use super::transfers::{Owner, Waited};
 use super::{Credential, InputFacts, Problem, act, decide, earlier, input};
 use crate::api::{GeminiBatchJob, LocalRef, ObjectStoreInput, Reason};
@@ -46,6 +51,8 @@ pub struct Stored {
     objects: Vec<Object>,
     /// Lines that have a result already, if it is a further attempt that some have one.
     answered: Option<Lines>,
+    /// Where it is split, if it is.
+    pub plan: Option<Arc<Plan>>,
 }
 
 /// Why it can't be had.
@@ -165,6 +172,7 @@ struct Source {
     namespace: String,
     of: ObjectStoreInput,
     max_bytes: u64,
+    split: Option<Limits>,
 }
 
 impl Source {
@@ -175,7 +183,31 @@ impl Source {
             namespace: job.namespace().unwrap_or_default(),
             of: of.clone(),
             max_bytes: ctx.max_input_bytes,
+            split: shards::limits(job, ctx.max_input_bytes),
         }
+    }
+
+    /// What is too large for one batch may be read all the same: in parts, or one part of it.
+    fn max_whole_bytes(&self) -> u64 {
+        if self.split.is_some() || self.of.range.is_some() { u64::MAX } else { self.max_bytes }
+    }
+
+    /// From where to where it is read, in bytes over all objects.
+    fn range(&self) -> Option<Range<u64>> {
+        let range = self.of.range.as_ref()?;
+        let start = u64::try_from(range.offset).unwrap_or_default();
+        Some(start..start.saturating_add(u64::try_from(range.length).unwrap_or_default()))
+    }
+
+    fn lines<'a>(&self, store: &'a Store, objects: &'a [Object]) -> LineReader<'a> {
+        LineReader { range: self.range(), ..LineReader::new(store, objects) }
+    }
+
+    /// What is wrong with a part is that it is not what it has to be.
+    fn differs(&self, seen: &[Object]) -> Option<Failure> {
+        let range = self.of.range.as_ref()?;
+        let problem = plan::differs(shown(&self.of), range);
+        Some(Failure::Problem { problem, seen: seen.to_vec() })
     }
 
     fn location(&self) -> Result<Location, store::Error> {
@@ -217,7 +249,7 @@ impl Source {
             )));
         }
         let bytes: u64 = found.iter().map(|object| object.size).sum();
-        if bytes > self.max_bytes {
+        if bytes > self.max_whole_bytes() {
             return Err(Failure::Problem { problem: self.too_large(bytes), seen: found });
         }
         Ok(found)
@@ -245,6 +277,10 @@ struct Line<'a> {
     text: &'a str,
     /// Counted over all objects, blank ones included, from 0.
     number: u64,
+    /// Where it begins, in bytes over all objects.
+    start: u64,
+    /// Where the next one begins.
+    end: u64,
 }
 
 /// Reads objects line by line, one after the other.
@@ -257,11 +293,28 @@ struct LineReader<'a> {
     number: u64,
     /// The number of the first line of each object that was begun.
     starts: Vec<u64>,
+    /// Where the next line begins, in bytes over all objects.
+    position: u64,
+    /// Where the object at hand ends, in bytes over all objects.
+    object_end: u64,
+    /// Only these bytes are read, over all objects.
+    range: Option<Range<u64>>,
 }
 
 impl<'a> LineReader<'a> {
     fn new(store: &'a Store, objects: &'a [Object]) -> Self {
-        Self { store, objects, next: 0, reader: None, partial: Vec::new(), number: 0, starts: Vec::new() }
+        Self {
+            store,
+            objects,
+            next: 0,
+            reader: None,
+            partial: Vec::new(),
+            number: 0,
+            starts: Vec::new(),
+            position: 0,
+            object_end: 0,
+            range: None,
+        }
     }
 
     /// Where a line stands, for messages.
@@ -286,7 +339,15 @@ impl<'a> LineReader<'a> {
             let Some(object) = self.objects.get(self.next) else { return Ok(false) };
             self.next += 1;
             self.starts.push(self.number);
-            self.reader.insert(self.store.read(object))
+            let begin = self.object_end;
+            self.object_end += object.size;
+            let range = self.range.clone().unwrap_or(0..u64::MAX);
+            if range.start >= self.object_end && object.size > 0 || range.end <= begin {
+                return Ok(true);
+            }
+            let from = range.start.saturating_sub(begin);
+            self.position = begin + from;
+            self.reader.insert(self.store.read_part(object, from, range.end - begin))
         };
         if let Some(bytes) = reader.next().await? {
             self.feed(&bytes, &mut each)?;
@@ -333,6 +394,10 @@ impl<'a> LineReader<'a> {
     ) -> Result<(), Failure> {
         let number = self.number;
         self.number += 1;
+        let start = self.position;
+        // The last line of an object need not have a line break.
+        let end = (start + line.len() as u64 + 1).min(self.object_end);
+        self.position = end;
         if self.starts.last() == Some(&number) {
             if line.starts_with(&[0x1f, 0x8b]) || line.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
                 return Err(
@@ -348,7 +413,7 @@ impl<'a> LineReader<'a> {
         if text.is_empty() {
             return Ok(());
         }
-        each(Line { text, number }).map_err(|what| self.invalid(number, &what))
+        each(Line { text, number, start, end }).map_err(|what| self.invalid(number, &what))
     }
 }
 
@@ -422,27 +487,32 @@ async fn read(
     let hasher = Hasher::default();
     let mut sorter = Sorter::new(&hasher, std::env::temp_dir());
     let mut whole = Tally::default();
-    let mut lines = LineReader::new(&store, &objects);
+    let mut cutter = source.split.clone().map(Cutter::new);
+    let mut lines = source.lines(&store, &objects);
     let check = |line: &Line<'_>| {
         input::check_line(line.text).map_err(|what| {
             format!("{what}. Each line must be a JSON object like {{\"key\": \"…\", \"request\": {{\"contents\": […]}}}}")
         })
     };
-    while lines
-        .step(|line| {
+    loop {
+        let step = lines.step(|line| {
             sorter.push(&check(&line)?, line.number);
             whole.add(line.text);
-            Ok(())
-        })
-        .await?
-    {
+            cutter.as_mut().map_or(Ok(()), |cutter| cutter.push(line.text, line.start, line.end))
+        });
+        match step.await {
+            Ok(true) => {}
+            Ok(false) => break,
+            Err(e @ Failure::Problem { .. }) => return Err(source.differs(&objects).unwrap_or(e)),
+            Err(e) => return Err(e),
+        }
         sorter = spilled(sorter).await?;
         // A byte for each object's last newline may have come on top.
-        if whole.bytes > source.max_bytes {
+        if whole.bytes > source.max_whole_bytes() {
             return Err(Failure::Problem { problem: source.too_large(whole.bytes), seen: objects.clone() });
         }
     }
-    if whole.count == 0 {
+    if whole.count == 0 && source.of.range.is_none() {
         let problem = Problem::new(
             Reason::InputInvalid,
             format!("{} holds no requests: add at least one line", shown(&source.of)),
@@ -468,13 +538,20 @@ async fn read(
         return Err(Failure::Problem { problem, seen: objects.clone() });
     }
     let facts = whole.facts(None);
+    if source.of.range.as_ref().is_some_and(|range| range.sha256 != facts.sha256) {
+        return Err(source.differs(&objects).unwrap_or(Failure::Changed));
+    }
+    let plan = match cutter.map(|cutter| cutter.finish(shown(&source.of))).transpose() {
+        Ok(plan) => plan.map(Arc::new),
+        Err(problem) => return Err(Failure::Problem { problem, seen: objects }),
+    };
     if answered.is_empty() {
-        return Ok(Stored { facts, of: source.of, objects, answered: None });
+        return Ok(Stored { facts, of: source.of, objects, answered: None, plan });
     }
     // What is left has a hash of its own, which has to be known before it is intended to be sent.
     let mut left = Tally::default();
     let mut whole = Tally::default();
-    let mut lines = LineReader::new(&store, &objects);
+    let mut lines = source.lines(&store, &objects);
     while lines
         .step(|line| {
             whole.add(line.text);
@@ -488,7 +565,8 @@ async fn read(
     if whole.facts(None) != facts {
         return Err(Failure::Changed);
     }
-    Ok(Stored { facts: left.facts(Some(&facts.sha256)), of: source.of, objects, answered: Some(answered) })
+    let facts = left.facts(Some(&facts.sha256));
+    Ok(Stored { facts, of: source.of, objects, answered: Some(answered), plan })
 }
 
 /// What the job carries next, if it is known by now; `None`: that is being found out, or will be tried again.
@@ -712,7 +790,7 @@ async fn send(
     };
     // Of three chunks one is filled, one waits and one is on its way.
     let (chunks, mut ready) = mpsc::channel::<Bytes>(1);
-    let reading = fill(&store, stored, begin, chunks);
+    let reading = fill(source.lines(&store, &stored.objects), stored, begin, chunks);
     let sending = async {
         let mut offset = begin;
         while let Some(chunk) = ready.recv().await {
@@ -739,7 +817,7 @@ enum Side {
 
 /// Gives whole chunks away, from that byte of the upload on, and returns the last one if all was as it had been checked.
 async fn fill(
-    store: &Store,
+    mut lines: LineReader<'_>,
     stored: &Stored,
     begin: u64,
     chunks: mpsc::Sender<Bytes>,
@@ -747,7 +825,6 @@ async fn fill(
     let mut tally = Tally::default();
     let mut skip = usize::try_from(begin).unwrap_or(usize::MAX);
     let mut chunk = BytesMut::new();
-    let mut lines = LineReader::new(store, &stored.objects);
     while lines
         .step(|line| {
             if stored.answered.as_ref().is_some_and(|lines| lines.contains(line.number)) {
@@ -789,7 +866,7 @@ pub async fn keys(
     let objects = source.objects(&store).await?;
     let mut tally = Tally::default();
     let (mut keys, mut bytes) = (Vec::new(), 0);
-    let mut lines = LineReader::new(&store, &objects);
+    let mut lines = source.lines(&store, &objects);
     while lines
         .step(|line| {
             tally.add(line.text);
