@@ -28,6 +28,7 @@ mod object_store;
 mod outages;
 mod quota;
 mod rules;
+mod sharding;
 mod stores;
 mod sweep;
 mod unknown_outcomes;

@@ -339,3 +339,12 @@ async fn keys_of(
     };
     Ok((range.requests, keys))
 }
+
+#[cfg(test)]
+impl Merger {
+    /// The whole, and `(succeeded, does it fit)`.
+    pub(super) fn for_tests(self) -> (Part, (i64, bool)) {
+        let counts = (self.succeeded, self.size <= self.limit);
+        (self.whole, counts)
+    }
+}

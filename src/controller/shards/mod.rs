@@ -303,4 +303,4 @@ impl Known {
 }
 
 #[cfg(test)]
-mod tests {}
+mod tests;
