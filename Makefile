@@ -31,7 +31,7 @@ up: ## The same as demo, left running to play with until Ctrl-C
 	@$(call run-demo,--keep)
 
 .PHONY: test
-test: toolchain toolchain-sdk control-plane helm ## Run all tests: unit, property, a real API server, the official Python SDK
+test: toolchain toolchain-sdk control-plane helm store-servers ## Run all tests: unit, property, a real API server, the official Python SDK
 	@echo "== Rust tests (unit, property, operator on a real API server, simulator)"
 	export GBO_DEVCLUSTER="$$(hack/devcluster/ensure.sh)" GBO_HELM="$$(hack/helm.sh)"
 	$(CARGO) test --workspace --locked --features crash-points
@@ -203,6 +203,12 @@ control-plane:
 .PHONY: helm
 helm:
 	@hack/helm.sh >/dev/null
+
+# What tests of object stores talk to.
+.PHONY: store-servers
+store-servers:
+	@hack/go-tool.sh versitygw >/dev/null
+	@hack/go-tool.sh fake-gcs-server >/dev/null
 
 # What other tools make of the objects that the Rust tests have taken from the API server a moment ago.
 define run-dependents

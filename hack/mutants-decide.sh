@@ -18,20 +18,23 @@ rm -rf "$tree"
 mkdir -p "$tree/src/controller" "$tree/base" "$tree/.cargo"
 cp .cargo/mutants.toml "$tree/.cargo/mutants.toml"
 cp Cargo.lock "$tree/Cargo.lock"
-cp -r src/api src/gemini "$tree/base/"
-printf 'pub mod api;\npub mod gemini;\n' >"$tree/base/lib.rs"
+cp -r src/api src/gemini src/store "$tree/base/"
+printf 'pub mod api;\npub mod gemini;\npub mod store;\n' >"$tree/base/lib.rs"
 {
   printf '[package]\nname = "base"\nedition = "2024"\n[lib]\npath = "lib.rs"\n'
   section dependencies
 } >"$tree/base/Cargo.toml"
 
-modules='collect|decide|ending|identity|memory|report'
+modules='collect|decide|ending|identity|input|keys|memory|report|shards|watched'
 for module in ${modules//|/ }; do
-  cp "src/controller/$module.rs" "$tree/src/controller/"
+  [[ $module == shards ]] || cp "src/controller/$module.rs" "$tree/src/controller/"
 done
-cp -r src/controller/decide "$tree/src/controller/"
+cp -r src/controller/decide src/controller/shards "$tree/src/controller/"
+# Of these only what needs no client.
+sed -i -E '/^pub mod (act|family|merge);/d' "$tree/src/controller/shards/mod.rs"
+rm "$tree"/src/controller/shards/{act,family,merge}.rs
 sed -E "/^pub mod /{/ ($modules);/!d}" src/controller/mod.rs >"$tree/src/controller/mod.rs"
-printf 'pub use base::{api, gemini};\npub mod controller;\n' >"$tree/src/lib.rs"
+printf 'pub use base::{api, gemini, store};\npub mod controller;\n' >"$tree/src/lib.rs"
 {
   printf '[package]\nname = "decisions"\nedition = "2024"\n[workspace]\n'
   section workspace.dependencies
@@ -44,7 +47,7 @@ code=0
 PATH="$(dirname "$cargo_mutants"):$PATH" CARGO_TARGET_DIR=$cache/target CARGO_INCREMENTAL=1 \
   cargo mutants --dir "$tree" --in-place --output "$cache" --iterate --profile mutants \
   --file src/controller/decide.rs --file 'src/controller/decide/*.rs' \
-  --timeout 30 --no-shuffle --colors never "$@" -- --lib controller::decide -- --skip property || code=$?
+  --timeout 30 --no-shuffle --colors never "$@" -- --lib -- controller::decide controller::shards --skip property || code=$?
 
 # 3: nothing survived, but some made the tests hang, which nobody would overlook either
 [[ $code -eq 0 || $code -eq 3 ]] || exit "$code"

@@ -222,7 +222,7 @@ pub struct RunArgs {
     #[arg(long, env = "GBO_OWN_IDENTITY_NAMESPACES", value_name = "NAMESPACES", value_delimiter = ',')]
     pub own_identity_namespaces: Vec<String>,
 
-    /// Directories that jobs of all namespaces may read as file://NAME/, separated by commas: NAME=/path. Default: none.
+    /// Directories that jobs of all namespaces may read as `file://NAME/`, separated by commas: NAME=/path. Default: none.
     #[arg(
         long,
         env = "GBO_MAPPED_DIRECTORIES",

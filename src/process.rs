@@ -105,6 +105,7 @@ pub async fn start(
         // Renewals that are tried again behind our back for minutes would be worse than none.
         let impatient = receiver::hint::kube_client(kube_config.clone())?;
         let elector = Elector::new(impatient, lease, clock, leads);
+        let stores = Stores::new(store_settings(args, timings.stores))?;
         let ctx = Arc::new(controller::Context::new(
             client.clone(),
             gemini_client(args, clock)?,
@@ -120,7 +121,7 @@ pub async fn start(
             metrics,
             elector.leadership(),
             policy(args, &namespace),
-            Stores::new(store_settings(args))?,
+            stores,
             args.transfers,
         ));
         let check = Arc::clone(&ctx);
@@ -199,12 +200,12 @@ fn policy(args: &RunArgs, namespace: &str) -> Policy {
     }
 }
 
-fn store_settings(args: &RunArgs) -> store::Settings {
+fn store_settings(args: &RunArgs, timeouts: store::Timeouts) -> store::Settings {
     store::Settings {
         endpoints: args.object_store_endpoints.clone(),
         own_identity: args.own_identity_namespaces(),
         mapped: args.mapped_directories.iter().cloned().collect(),
-        timeouts: store::Timeouts::default(),
+        timeouts,
     }
 }
 

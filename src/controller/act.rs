@@ -17,13 +17,13 @@ use super::decide::{self, Action};
 use super::input::{Carried, Input};
 use super::memory::{
     Absent, KeyRefused, Memory, NamespaceSeen, OutputObject, Probe, Refused, Remote, Search, Send, Stage,
-    Tries, Trouble, after,
+    Stored, Tries, Trouble, after,
 };
 use super::metrics::ByOutcome;
 use super::observe;
 use super::output::{self, Done};
 use super::run::Context;
-use super::stored::{self, Failure, Stored, Unsent};
+use super::stored::{self, Failure, Unsent};
 use super::{Credential, Problem, earlier, ending, identity, shards};
 use crate::api::{Attempt, GeminiBatchJob, Reason, Refusal, RefusedCall};
 use crate::callback::keyring::KeyRing;
@@ -298,9 +298,9 @@ impl Step<'_> {
         let Some(attempt) = decide::current_attempt(self.job) else { return Ok(()) };
         let (Some(key), Ok(name)) = (self.credential, FileName::parse(file)) else { return Ok(()) };
         let name = stored::Name { file: name, display: attempt.display_name.clone() };
-        let session = memory.upload.take().filter(|(send, _)| *send == attempt.send_id).map(|(_, s)| s);
+        let session = memory.upload.take().filter(|kept| kept.0 == attempt.send_id).map(|kept| kept.1);
         let prepared = stored::prepare(self.ctx, self.job, stored, key, name, session.clone()).await;
-        let keep = |session: Option<gemini::Session>| session.map(|s| (attempt.send_id.clone(), s));
+        let keep = |session: Option<gemini::Session>| session.map(|s| Box::new((attempt.send_id.clone(), s)));
         match prepared {
             Err(waits) => {
                 memory.upload = keep(session);

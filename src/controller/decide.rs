@@ -236,7 +236,7 @@ pub enum Action {
     /// Delete the job: its time to live is over.
     DeleteJob,
     /// Something about the jobs of a sharded one's parts.
-    Shards(shards::act::Action),
+    Shards(shards::Action),
 }
 
 /// One write to the job.

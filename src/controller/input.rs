@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::identity::hex;
+use super::memory::Stored;
 use super::shards::plan::Plan;
-use super::stored::Stored;
 use super::{InputFacts, Problem};
 use crate::api::{InputRequest, Reason};
 

@@ -10,9 +10,9 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::collect::Collected;
 use super::decide::Wake;
-use super::shards;
-use super::stored::Stored;
-use super::{Credential, Problem};
+use super::keys::Lines;
+use super::shards::{self, plan::Plan};
+use super::{Credential, InputFacts, Problem};
 use crate::api::{ObjectStoreInput, Reason, Refusal};
 use crate::gemini::{Batch, BatchName, Session};
 use crate::store::Object;
@@ -47,11 +47,11 @@ pub struct Memory {
     /// The input, if it lies in an object store and was checked.
     pub stored: Option<Arc<Stored>>,
     /// What was wrong with it, the last time that it was looked at.
-    pub stored_problem: Option<KnownProblem>,
+    pub stored_problem: Option<Box<KnownProblem>>,
     /// What is under way beside the passes, and will wake the job: see [`super::transfers`].
     pub transfer: Option<Problem>,
     /// An upload that broke off and may go on, and the send that it is of.
-    pub upload: Option<(String, Session)>,
+    pub upload: Option<Box<(String, Session)>>,
     /// The parts of a sharded job.
     pub shards: shards::Known,
     /// Steps of the clean-up that are done.
@@ -252,6 +252,21 @@ pub struct Trouble {
     pub next: Timestamp,
     /// What failed, for the condition.
     pub problem: Problem,
+}
+
+/// An input in an object store that was checked: see [`super::stored`].
+#[derive(Debug, PartialEq)]
+pub struct Stored {
+    /// What a decision needs to know of it.
+    pub facts: InputFacts,
+    /// The job's words for it.
+    pub of: ObjectStoreInput,
+    /// The objects as they were.
+    pub objects: Vec<Object>,
+    /// Lines that have a result already, if it is a further attempt and some have one.
+    pub answered: Option<Lines>,
+    /// Where it is split, if it is.
+    pub plan: Option<Arc<Plan>>,
 }
 
 /// What is wrong with an input in an object store.

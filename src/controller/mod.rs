@@ -52,6 +52,7 @@ use jiff::SignedDuration;
 
 use crate::api::Reason;
 use crate::gemini::ApiKey;
+use crate::store;
 
 /// What keeps a job from going on, and what to change.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,6 +131,8 @@ pub struct Timings {
     pub trouble_longest: SignedDuration,
     /// Pause between two sweeps, jittered by a tenth.
     pub sweep: SignedDuration,
+    /// With object stores.
+    pub stores: store::Timeouts,
     /// How often it is looked whether the `CustomResourceDefinition` is as new as the operator, as long as it is.
     pub schema: SignedDuration,
 }
@@ -155,6 +158,7 @@ impl Default for Timings {
             trouble_first: SignedDuration::from_secs(1),
             trouble_longest: SignedDuration::from_mins(5),
             sweep: SignedDuration::from_mins(10),
+            stores: store::Timeouts::default(),
             schema: SignedDuration::from_mins(5),
         }
     }

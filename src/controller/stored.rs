@@ -5,7 +5,7 @@
 //! given back to the pass that asked, which sends it only if the hash is the same. So what was intended is what is paid
 //! for, whatever happens to the objects meanwhile.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -18,12 +18,12 @@ use tokio::sync::mpsc;
 
 use super::collect::Keys;
 use super::identity::hex;
-use super::keys::{Hasher, Lines, Sorter};
-use super::memory::{KnownProblem, Memory, after};
+use super::keys::{Hasher, Sorter};
+use super::memory::{KnownProblem, Memory, Stored, after};
 use super::run::Context;
 use super::shards::{
     self,
-    plan::{self, Cutter, Limits, Plan},
+    plan::{self, Limits},
 };
 use super::transfers::{Owner, Waited};
 use super::{Credential, InputFacts, Problem, act, decide, earlier, input};
@@ -39,21 +39,6 @@ const MAX_OBJECTS: usize = 10_000;
 const MAX_LINE_BYTES: usize = 32 << 20;
 /// Keys that are held in memory for joining: larger inputs are counted only.
 const MAX_KEYS_BYTES: usize = 16 << 20;
-
-/// A stored input that was checked.
-#[derive(Debug, PartialEq)]
-pub struct Stored {
-    /// What a decision needs to know of it.
-    pub facts: InputFacts,
-    /// The job's words for it.
-    of: ObjectStoreInput,
-    /// The objects as they were.
-    objects: Vec<Object>,
-    /// Lines that have a result already, if it is a further attempt that some have one.
-    answered: Option<Lines>,
-    /// Where it is split, if it is.
-    pub plan: Option<Arc<Plan>>,
-}
 
 /// Why it can't be had.
 #[derive(Debug)]
@@ -487,7 +472,7 @@ async fn read(
     let hasher = Hasher::default();
     let mut sorter = Sorter::new(&hasher, std::env::temp_dir());
     let mut whole = Tally::default();
-    let mut cutter = source.split.clone().map(Cutter::new);
+    let mut cutter = source.split.clone().map(plan::Cutter::new);
     let mut lines = source.lines(&store, &objects);
     let check = |line: &Line<'_>| {
         input::check_line(line.text).map_err(|what| {
@@ -609,7 +594,7 @@ pub async fn observe(
             memory.trouble = None;
             let next = after(ctx.clock.now(), ctx.timings.recheck / 2);
             memory.stored_problem =
-                Some(KnownProblem { of: of.clone(), problem: problem.clone(), seen, next });
+                Some(Box::new(KnownProblem { of: of.clone(), problem: problem.clone(), seen, next }));
             Some(Err(problem))
         }
         Waited::Done(Err(Failure::Passing(problem))) => {
@@ -773,19 +758,14 @@ async fn send(
         },
         None => None,
     };
-    let (session, begin) = match going_on {
-        Some(going_on) => going_on,
-        None => {
-            let upload = Upload {
-                name: &name.file,
-                display_name: &name.display,
-                mime_type: "application/jsonl",
-                size,
-            };
-            match gemini.begin_upload(&key.key, &upload).await {
-                Ok(session) => (session, 0),
-                Err(error) => return Err(Unsent::Gemini { error, session: None }),
-            }
+    let (session, begin) = if let Some(going_on) = going_on {
+        going_on
+    } else {
+        let upload =
+            Upload { name: &name.file, display_name: &name.display, mime_type: "application/jsonl", size };
+        match gemini.begin_upload(&key.key, &upload).await {
+            Ok(session) => (session, 0),
+            Err(error) => return Err(Unsent::Gemini { error, session: None }),
         }
     };
     // Of three chunks one is filled, one waits and one is on its way.
@@ -823,26 +803,21 @@ async fn fill(
     chunks: mpsc::Sender<Bytes>,
 ) -> Result<Bytes, Failure> {
     let mut tally = Tally::default();
-    let mut skip = usize::try_from(begin).unwrap_or(usize::MAX);
-    let mut chunk = BytesMut::new();
+    let mut cutter = Cutter { skip: begin, open: BytesMut::new(), full: VecDeque::new() };
     while lines
         .step(|line| {
             if stored.answered.as_ref().is_some_and(|lines| lines.contains(line.number)) {
                 return Ok(());
             }
             tally.add(line.text);
-            for part in [line.text.as_bytes(), b"\n"] {
-                let known = skip.min(part.len());
-                skip -= known;
-                chunk.extend_from_slice(&part[known..]);
-            }
+            cutter.push(line.text.as_bytes());
+            cutter.push(b"\n");
             Ok(())
         })
         .await?
     {
-        while chunk.len() > CHUNK_BYTES {
-            let whole = chunk.split_to(CHUNK_BYTES).freeze();
-            if chunks.send(whole).await.is_err() {
+        while let Some(chunk) = cutter.full.pop_front() {
+            if chunks.send(chunk).await.is_err() {
                 std::future::pending::<()>().await; // the other side says what is wrong
             }
         }
@@ -851,7 +826,35 @@ async fn fill(
     if now != stored.facts {
         return Err(Failure::Changed);
     }
-    Ok(chunk.freeze())
+    Ok(cutter.open.freeze())
+}
+
+/// Cuts bytes into chunks, each with memory of its own and no more than that: three of them are all that a transfer holds.
+struct Cutter {
+    /// Bytes that have arrived already.
+    skip: u64,
+    /// The chunk that is being filled. Never empty once there was a byte: the last one must not be.
+    open: BytesMut,
+    full: VecDeque<Bytes>,
+}
+
+impl Cutter {
+    fn push(&mut self, bytes: &[u8]) {
+        let known = usize::try_from(self.skip).unwrap_or(usize::MAX).min(bytes.len());
+        self.skip -= known as u64;
+        let mut rest = &bytes[known..];
+        while !rest.is_empty() {
+            if self.open.len() == CHUNK_BYTES {
+                self.full.push_back(std::mem::take(&mut self.open).freeze());
+            }
+            if self.open.is_empty() {
+                self.open = BytesMut::with_capacity(CHUNK_BYTES);
+            }
+            let (part, after) = rest.split_at(rest.len().min(CHUNK_BYTES - self.open.len()));
+            self.open.extend_from_slice(part);
+            rest = after;
+        }
+    }
 }
 
 /// The keys of all requests, if they still hash to `sha256` and are not too many to hold in memory.
@@ -904,5 +907,88 @@ pub fn worth_waiting(failure: &Failure, ended: Option<Timestamp>, ctx: &Context)
             ended.is_none_or(|ended| after(ended, ctx.timings.result_patience) > now)
         }
         Failure::Kubernetes(_) => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The lines of a range, as they are sent.
+    async fn read_range(store: &Store, objects: &[Object], range: Option<Range<u64>>) -> Vec<String> {
+        let mut lines = LineReader { range, ..LineReader::new(store, objects) };
+        let mut all = Vec::new();
+        while lines
+            .step(|line| {
+                all.push(line.text.to_owned());
+                Ok(())
+            })
+            .await
+            .unwrap()
+        {}
+        all
+    }
+
+    #[tokio::test]
+    async fn each_part_of_several_objects_is_read_by_itself() {
+        let directory = tempfile::tempdir().unwrap();
+        // No line break at an end, a blank line, another sort of break, and a part that ends within an object.
+        for (name, content) in
+            [("a", "one\ntwo\n\nthree"), ("b", "\nfour\r\n"), ("c", "  five \nsix\nseven\n")]
+        {
+            std::fs::write(directory.path().join(name), content).unwrap();
+        }
+        let mapped = [("m".to_owned(), directory.path().to_owned())].into();
+        let stores = Stores::new(store::Settings { mapped, ..store::Settings::default() }).unwrap();
+        let at = Location::prefix("file://m/", FIELD).unwrap();
+        let access = Access { namespace: "ns", field: FIELD, endpoint: None, region: None, secret: None };
+        let store = stores.open(&at, &access).unwrap();
+        let objects = store.list(&at.path, 10).await.unwrap();
+        let whole = read_range(&store, &objects, None).await;
+        assert_eq!(whole, ["one", "two", "three", "four", "five", "six", "seven"]);
+        for most in 1..=7 {
+            let limits = Limits { max_requests: Some(most), max_bytes: 1 << 20, expected: None };
+            let mut cutter = plan::Cutter::new(limits);
+            let mut lines = LineReader::new(&store, &objects);
+            while lines.step(|line| cutter.push(line.text, line.start, line.end)).await.unwrap() {}
+            let plan = cutter.finish("x").unwrap();
+            let mut all = Vec::new();
+            for part in &plan.parts {
+                let start = u64::try_from(part.offset).unwrap();
+                let range = start..start + u64::try_from(part.length).unwrap();
+                let read = read_range(&store, &objects, Some(range)).await;
+                assert_eq!(read.len(), usize::try_from(part.requests).unwrap(), "{plan:?}");
+                let mut tally = Tally::default();
+                read.iter().for_each(|line| tally.add(line));
+                assert_eq!(tally.facts(None).sha256, part.sha256);
+                all.extend(read);
+            }
+            assert_eq!(all, whole, "{most}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+        /// However the bytes come, and from wherever it goes on: all of them once, in whole chunks, the last one not empty.
+        #[test]
+        fn chunks_are_the_bytes(
+            sizes in prop::collection::vec(0usize..(CHUNK_BYTES * 3 / 2), 1..4),
+            skip in 0usize..CHUNK_BYTES,
+        ) {
+            let bytes: Vec<u8> = (0..sizes.iter().sum()).map(|i: usize| i.to_le_bytes()[i % 3]).collect();
+            let mut cutter = Cutter { skip: skip as u64, open: BytesMut::new(), full: VecDeque::new() };
+            let mut rest = bytes.as_slice();
+            for size in sizes {
+                let (part, after) = rest.split_at(size);
+                cutter.push(part);
+                rest = after;
+            }
+            prop_assert!(cutter.full.iter().all(|chunk| chunk.len() == CHUNK_BYTES));
+            prop_assert!(bytes.len() <= skip || !cutter.open.is_empty());
+            let mut all: Vec<u8> = cutter.full.iter().flat_map(|chunk| chunk.to_vec()).collect();
+            all.extend_from_slice(&cutter.open);
+            prop_assert!(all == bytes[skip.min(bytes.len())..]);
+        }
     }
 }

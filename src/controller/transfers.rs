@@ -121,21 +121,21 @@ impl Transfers {
         lock(&at_hand.end).nobody_waits = false;
         let queued = !at_hand.begun.load(Ordering::Relaxed) && self.permits.available_permits() == 0;
         let patience = if queued { Duration::ZERO } else { self.patience };
-        let ended = match tokio::time::timeout(patience, &mut at_hand.handle).await {
-            Ok(ended) => ended,
-            Err(_) => {
-                {
-                    let mut end = lock(&at_hand.end);
-                    end.nobody_waits = true;
-                    if !end.done {
-                        drop(end);
-                        let begun = at_hand.begun.load(Ordering::Relaxed);
-                        lock(&self.work).insert(owner.uid.clone(), at_hand);
-                        return if begun { Waited::Running } else { Waited::Queued };
-                    }
-                }
-                (&mut at_hand.handle).await // it is returning
+        let in_time = tokio::time::timeout(patience, &mut at_hand.handle).await;
+        let ended = if let Ok(ended) = in_time {
+            ended
+        } else {
+            let done = {
+                let mut end = lock(&at_hand.end);
+                end.nobody_waits = true;
+                end.done
+            };
+            if !done {
+                let begun = at_hand.begun.load(Ordering::Relaxed);
+                lock(&self.work).insert(owner.uid.clone(), at_hand);
+                return if begun { Waited::Running } else { Waited::Queued };
             }
+            (&mut at_hand.handle).await // it is returning
         };
         match ended {
             Ok(result) => match result.downcast::<T>() {

@@ -44,7 +44,7 @@ impl Error {
 }
 
 /// Codes of S3, Cloud Storage and Blob Storage that say what is wrong with credentials.
-const DENIED: [&str; 16] = [
+const DENIED: [&str; 17] = [
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
     "ExpiredToken",
@@ -61,6 +61,7 @@ const DENIED: [&str; 16] = [
     "unauthorized_client",
     "RequestTimeTooSkewed",
     "AccessDenied",
+    "XAdminUserNotFound", // Versity's gateway: no such key
 ];
 
 const NO_BUCKET: [&str; 4] =
@@ -112,12 +113,15 @@ pub(super) fn of(error: &object_store::Error, host: &str, uri: &str, field: &str
             ),
         )
     };
+    let named = DENIED.iter().any(|code| text.contains(code));
     let no_bucket = NO_BUCKET.iter().any(|code| text.contains(code));
     match error {
         object_store::Error::NotFound { .. } if no_bucket => Error::new(
             Kind::NotFound,
             format!("the bucket of {uri} does not exist: create it, or correct {field}"),
         ),
+        // Some servers say that they don't know the key by a 404.
+        object_store::Error::NotFound { .. } if named => denied("HTTP 404"),
         object_store::Error::NotFound { .. } => Error::new(
             Kind::NotFound,
             format!("{uri} does not exist: put the object there, or correct {field}"),
@@ -144,7 +148,7 @@ pub(super) fn of(error: &object_store::Error, host: &str, uri: &str, field: &str
                 ),
             )
         }
-        _ if DENIED.iter().any(|code| text.contains(code)) => denied("refused"),
+        _ if named => denied("refused"),
         _ => {
             let (kind, what) = passing(&text);
             let more = if kind == Kind::Invalid {
@@ -170,11 +174,12 @@ fn passing(text: &str) -> (Kind, String) {
     }
     let lower = text.to_ascii_lowercase();
     let says = |words: &[&str]| words.iter().any(|w| lower.contains(w));
-    let what = if says(&["timed out", "timeout"]) {
+    // Not "timeout": `object_store` tells of its own settings.
+    let what = if says(&["timed out"]) {
         "it does not answer in time"
     } else if says(&["dns error", "failed to lookup", "name or service not known"]) {
         "its name can't be resolved"
-    } else if says(&["certificate", "tls"]) {
+    } else if says(&["certificate", "tls handshake", "handshakefailure"]) {
         "no secure connection can be made"
     } else if says(&["connection refused", "error trying to connect", "tcp connect"]) {
         "it can't be connected to"
@@ -184,7 +189,7 @@ fn passing(text: &str) -> (Kind, String) {
     (Kind::Unavailable, what.to_owned())
 }
 
-/// The status code, as object_store words it.
+/// The status code, in the words of `object_store`.
 fn status(text: &str) -> Option<u16> {
     let after = text.split("non-2xx status code: ").nth(1)?;
     let digits: String = after.chars().take_while(char::is_ascii_digit).collect();
@@ -243,10 +248,12 @@ mod tests {
             (generic(&format!("operation timed out {canary}")), Kind::Unavailable, "in time"),
             (generic(&format!("Connection refused {canary}")), Kind::Unavailable, "connected"),
             (generic(&format!("dns error {canary}")), Kind::Unavailable, "resolved"),
+            (generic("max_retries: 2, retry_timeout: 30s - closed"), Kind::Unavailable, "broke off"),
             (generic(canary), Kind::Unavailable, "broke off"),
             (permission("InvalidAccessKeyId"), Kind::Denied, "InvalidAccessKeyId"),
             (permission("odd"), Kind::Denied, "HTTP 403"),
             (missing("NoSuchBucket"), Kind::NotFound, "the bucket of s3://b/k does not exist"),
+            (missing("InvalidAccessKeyId"), Kind::Denied, "InvalidAccessKeyId"),
             (missing("NoSuchKey"), Kind::NotFound, "s3://b/k does not exist"),
         ] {
             let (found, message) = told(&error);

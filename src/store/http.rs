@@ -1,4 +1,4 @@
-//! One HTTP client for all stores: timeouts, no redirects, no proxies, no HTTP of object_store's own.
+//! One HTTP client for all stores: timeouts, no redirects, no proxies, nothing of `object_store`'s own.
 
 use std::error::Error as _;
 use std::fmt;
@@ -50,7 +50,7 @@ impl Connector {
 }
 
 impl HttpConnector for Connector {
-    /// What object_store's options say about clients is about its own.
+    /// What `object_store`'s options say about clients is about its own.
     fn connect(&self, _: &ClientOptions) -> object_store::Result<HttpClient> {
         Ok(HttpClient::new(Service(self.0.clone())))
     }
@@ -78,7 +78,7 @@ impl HttpService for Service {
     }
 }
 
-/// What kind of failure it was: object_store tries some again.
+/// What kind of failure it was: `object_store` tries some again.
 fn http_error(error: reqwest::Error) -> HttpError {
     let mut kind = if error.is_timeout() {
         HttpErrorKind::Timeout

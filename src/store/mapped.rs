@@ -86,10 +86,7 @@ fn open_file(root: &std::path::Path, path: &Path) -> io::Result<File> {
     let Some((name, directories)) = parts.split_last() else {
         return Err(io::Error::from(io::ErrorKind::IsADirectory));
     };
-    file_below(
-        open_directory(root, &Path::from_iter(directories.iter().map(String::as_str)))?,
-        OsStr::new(name),
-    )
+    file_below(open_directory(root, &directories.iter().map(String::as_str).collect())?, OsStr::new(name))
 }
 
 fn file_below(at: impl AsFd, name: &OsStr) -> io::Result<File> {

@@ -128,22 +128,11 @@ impl Stores {
         };
         Ok(Store {
             backend,
-            host: self.host(at, access),
+            host: host(at, access),
             timeouts: self.settings.timeouts,
             root: at.root(),
             field: field.to_owned(),
         })
-    }
-
-    /// What does not answer, if it does not.
-    fn host(&self, at: &Location, access: &Access<'_>) -> String {
-        match (access.endpoint, at.scheme) {
-            (Some(endpoint), _) => format!("the store at {endpoint}"),
-            (None, Scheme::S3) => "S3".to_owned(),
-            (None, Scheme::Gs) => "Cloud Storage".to_owned(),
-            (None, Scheme::Az) => "Blob Storage".to_owned(),
-            (None, Scheme::File) => format!("the directory {}", at.bucket),
-        }
     }
 
     fn open_mapped(&self, at: &Location, access: &Access<'_>) -> Result<Backend, Error> {
@@ -270,6 +259,17 @@ impl Stores {
     }
 }
 
+/// What does not answer, if it does not.
+fn host(at: &Location, access: &Access<'_>) -> String {
+    match (access.endpoint, at.scheme) {
+        (Some(endpoint), _) => format!("the store at {endpoint}"),
+        (None, Scheme::S3) => "S3".to_owned(),
+        (None, Scheme::Gs) => "Cloud Storage".to_owned(),
+        (None, Scheme::Az) => "Blob Storage".to_owned(),
+        (None, Scheme::File) => format!("the directory {}", at.bucket),
+    }
+}
+
 /// What passes at once is not worth a word. What does not is for [`Reader`] and the controller.
 fn retries() -> RetryConfig {
     RetryConfig {
@@ -290,7 +290,7 @@ pub struct Object {
     pub path: Path,
     /// Its size in bytes.
     pub size: u64,
-    /// Changes whenever the object does.
+    /// Changes whenever the object does. But a store may give another one in a listing than with the object itself.
     pub version: String,
 }
 
@@ -374,8 +374,8 @@ impl Store {
         Ok(found)
     }
 
-    /// Reads the object from that byte on. What was seen before is what is read, or an error says that it changed.
-    async fn stream(&self, object: &Object, from: u64) -> Result<ByteStream, Error> {
+    /// The object from that byte on, and the version that it has.
+    async fn stream(&self, object: &Object, from: u64) -> Result<(String, ByteStream), Error> {
         match &self.backend {
             Backend::Remote(store) => {
                 let options = object_store::GetOptions {
@@ -387,23 +387,23 @@ impl Store {
                     .await?
                     .map_err(|e| self.error(&e, &object.path))?;
                 let now = self::object(got.meta.clone());
-                if now.version != object.version || now.size != object.size {
+                if now.size != object.size {
                     return Err(self.changed(&object.path));
                 }
                 let (host, uri, field) = (self.host.clone(), self.uri(&object.path), self.field.clone());
                 let stream = got.into_stream().map_err(move |e| error::of(&e, &host, &uri, &field));
-                Ok(Box::pin(stream))
+                Ok((now.version, Box::pin(stream)))
             }
             Backend::Mapped(directory) => {
                 let (now, stream) = directory
                     .read(&object.path, from)
                     .await
                     .map_err(|e| self.mapped_error(&e, &object.path))?;
-                if now != *object {
+                if now.size != object.size {
                     return Err(self.changed(&object.path));
                 }
                 let uri = self.uri(&object.path);
-                Ok(Box::pin(stream.map_err(move |e| mapped::error(&e, &uri))))
+                Ok((now.version, Box::pin(stream.map_err(move |e| mapped::error(&e, &uri)))))
             }
         }
     }
@@ -418,9 +418,9 @@ impl Store {
 
     /// Nothing waits for ever, whatever a store or its client does.
     async fn in_time<T>(&self, work: impl Future<Output = T>) -> Result<T, Error> {
-        tokio::time::timeout(self.timeouts.idle, work)
-            .await
-            .map_err(|_| Error::new(Kind::Unavailable, format!("{} does not answer in time", self.host)))
+        tokio::time::timeout(self.timeouts.idle, work).await.map_err(|_| {
+            Error::new(Kind::Unavailable, format!("{} does not answer in time; it is tried again", self.host))
+        })
     }
 }
 

@@ -14,13 +14,14 @@ pub type ByteStream = Pin<Box<dyn Stream<Item = Result<Bytes, Error>> + Send>>;
 /// Breaks without a byte in between, after which it is given up.
 const MAX_BREAKS: u32 = 4;
 
-/// Reads one object, exactly as it was seen: an error says so if it changed.
+/// Reads one object, and all of it is of one version: an error says so if it changed meanwhile.
 pub struct Reader<'a> {
     store: &'a Store,
     object: &'a Object,
     at: u64,
     end: u64,
     stream: Option<ByteStream>,
+    version: Option<String>,
     breaks: u32,
 }
 
@@ -34,7 +35,15 @@ impl Store {
     /// Reads the object from byte `from` to byte `to`, which is not read any more.
     #[must_use]
     pub fn read_part<'a>(&'a self, object: &'a Object, from: u64, to: u64) -> Reader<'a> {
-        Reader { store: self, object, at: from, end: to.min(object.size), stream: None, breaks: 0 }
+        Reader {
+            store: self,
+            object,
+            at: from,
+            end: to.min(object.size),
+            stream: None,
+            version: None,
+            breaks: 0,
+        }
     }
 }
 
@@ -68,7 +77,12 @@ impl Reader<'_> {
 
     async fn step(&mut self) -> Result<Bytes, Error> {
         if self.stream.is_none() {
-            self.stream = Some(self.store.stream(self.object, self.at).await?);
+            let (version, stream) = self.store.stream(self.object, self.at).await?;
+            if self.version.as_ref().is_some_and(|before| *before != version) {
+                return Err(self.store.changed(&self.object.path));
+            }
+            self.version = Some(version);
+            self.stream = Some(stream);
         }
         let Some(stream) = &mut self.stream else { return Ok(Bytes::new()) };
         match self.store.in_time(stream.next()).await? {

@@ -172,8 +172,10 @@ fn gs(secret: &Secret<'_>) -> Result<GsKey, Error> {
     #[derive(Deserialize)]
     struct Key {
         client_email: String,
-        private_key: String,
-        private_key_id: String,
+        #[serde(rename = "private_key")]
+        private: String,
+        #[serde(rename = "private_key_id")]
+        id: String,
         #[serde(default)]
         disable_oauth: bool,
     }
@@ -186,8 +188,8 @@ fn gs(secret: &Secret<'_>) -> Result<GsKey, Error> {
     // Anything else in it is left behind: gcs_base_url, for one, would lead the token wherever it says.
     let json = serde_json::json!({
         "client_email": key.client_email,
-        "private_key": key.private_key,
-        "private_key_id": key.private_key_id,
+        "private_key": key.private,
+        "private_key_id": key.id,
         "disable_oauth": key.disable_oauth,
     });
     Ok(GsKey { json: json.to_string().into(), no_token: key.disable_oauth, secret: secret.name.to_owned() })

@@ -191,11 +191,16 @@ func TestWhatIsWrongIsRefusedWithWhatToSet(t *testing.T) {
 		"an http URL": {
 			[]string{"receiver.externalURL=http://callbacks.example.com"}, "receiver.allowInsecureURL=true",
 		},
-		"a URL without a host":   {[]string{"receiver.externalURL=https://"}, "must name a host"},
-		"a URL with a query":     {[]string{"receiver.externalURL=https://x/?a=b"}, "must name a host"},
-		"a lease that overlaps":  {[]string{"lease.seconds=5"}, "less than lease.seconds"},
-		"a grace that is no use": {[]string{"resendGraceSeconds=190"}, "more than 180 + lease.seconds"},
-		"Gemini in the clear":    {[]string{"gemini.baseURL=http://x"}, "gemini.allowInsecure=true"},
+		"a URL without a host":    {[]string{"receiver.externalURL=https://"}, "must name a host"},
+		"a URL with a query":      {[]string{"receiver.externalURL=https://x/?a=b"}, "must name a host"},
+		"a lease that overlaps":   {[]string{"lease.seconds=5"}, "less than lease.seconds"},
+		"a grace that is no use":  {[]string{"resendGraceSeconds=190"}, "more than 180 + lease.seconds"},
+		"Gemini in the clear":     {[]string{"gemini.baseURL=http://x"}, "gemini.allowInsecure=true"},
+		"an endpoint with a path": {[]string{"objectStores.endpoints={https://x/y}"}, "objectStores"},
+		"a directory that leads up": {
+			[]string{"objectStores.mappedDirectories[0].name=..", "objectStores.mappedDirectories[0].volume.emptyDir.medium=Memory"},
+			"mappedDirectories",
+		},
 		"a credential of nobody": {[]string{"defaultCredential.namespaces={a}"}, "defaultCredential.secretName"},
 		"several namespaces, and no name of the cluster": {
 			[]string{"watchNamespaces={a}"}, "clusterID is missing",
@@ -266,6 +271,26 @@ func has(objects map[string]map[string]any, part string) bool {
 		}
 	}
 	return false
+}
+
+// What faces the internet has no business with users' files.
+func TestOnlyTheControllerSeesMappedDirectories(t *testing.T) {
+	mounted := map[string]bool{}
+	for _, document := range strings.Split(template(t, "--values", "values/everything.yaml"), "\n---\n") {
+		var object struct {
+			Kind     string
+			Metadata struct{ Name string }
+		}
+		if err := yaml.Unmarshal([]byte(document), &object); err != nil {
+			t.Fatal(err)
+		}
+		if object.Kind == "Deployment" {
+			mounted[object.Metadata.Name] = strings.Contains(document, "mountPath: \"/mapped/shared\"")
+		}
+	}
+	if len(mounted) != 2 || !mounted["batches-controller"] || mounted["batches-receiver"] {
+		t.Error(mounted)
+	}
 }
 
 func TestWithoutCallbacksNothingReceives(t *testing.T) {

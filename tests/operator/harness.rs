@@ -12,7 +12,7 @@ use clap::Parser as _;
 use gemini_batch_operator::api::{GeminiBatchJob, conditions};
 use gemini_batch_operator::config::{Cli, Command as Sub, RunArgs};
 use gemini_batch_operator::controller::Timings;
-use gemini_batch_operator::{process, telemetry};
+use gemini_batch_operator::{process, store, telemetry};
 use gemini_simulator::{Config, LogEntry, Op, Simulator};
 use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Secret};
@@ -201,6 +201,11 @@ pub fn timings() -> Timings {
         trouble_longest: SignedDuration::from_secs(1),
         gone_after: SignedDuration::from_secs(1),
         cancel_pauses: quick(&[100, 300, 600]),
+        stores: store::Timeouts {
+            connect: Duration::from_secs(2),
+            idle: Duration::from_secs(2),
+            resume: Duration::from_millis(20),
+        },
         ..Timings::default()
     }
 }
@@ -323,18 +328,24 @@ impl Env {
         flags: &[&str],
         without: &[&str],
     ) -> Process {
-        self.spawn_at(kubeconfig, crash_at.map(|at| ("GBO_CRASH_AT", at)), flags, without)
+        let point = crash_at.map(|at| ("GBO_CRASH_AT", at));
+        self.spawn_at(kubeconfig, point.as_slice(), flags, without)
     }
 
     /// One that panics at that step.
     pub fn spawn_panicking(&self, at: &str) -> Process {
-        self.spawn_at(&self.cluster.kubeconfig, Some(("GBO_PANIC_AT", at)), &[], &[])
+        self.spawn_at(&self.cluster.kubeconfig, &[("GBO_PANIC_AT", at)], &[], &[])
+    }
+
+    /// One with more in its environment.
+    pub fn spawn_in(&self, environment: &[(&str, &str)], flags: &[&str]) -> Process {
+        self.spawn_at(&self.cluster.kubeconfig, environment, flags, &[])
     }
 
     fn spawn_at(
         &self,
         kubeconfig: &Path,
-        point: Option<(&str, &str)>,
+        environment: &[(&str, &str)],
         flags: &[&str],
         without: &[&str],
     ) -> Process {
@@ -350,7 +361,7 @@ impl Env {
             .env("KUBECONFIG", kubeconfig)
             .env_remove("GBO_CRASH_AT")
             .stderr(std::fs::File::create(&log).unwrap());
-        command.envs(point);
+        command.envs(environment.iter().copied());
         Process { child: command.spawn().unwrap(), log }
     }
 

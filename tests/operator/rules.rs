@@ -11,6 +11,11 @@ fn changed(change: impl FnOnce(&mut Value)) -> Value {
     spec
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "callers build the value in place")]
+fn stored(input: Value) -> Value {
+    changed(|s| s["input"] = json!({ "objectStore": input }))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn specs_are_accepted_and_refused() {
     let env = Env::new().await;
@@ -23,6 +28,13 @@ async fn specs_are_accepted_and_refused() {
         changed(|s| s["input"] = json!({"requests": [long]})),
         changed(|s| s["input"] = json!({"configMap": {"name": "in", "key": "a.jsonl"}})),
         changed(|s| s["input"] = json!({"geminiFile": {"name": "files/abc-1"}})),
+        stored(json!({"uri": "s3://b/k"})),
+        stored(json!({"uri": "az://account/box/a/b.jsonl", "credentialsRef": {"name": "s"}})),
+        stored(json!({"prefix": "gs://b/day/"})),
+        stored(json!({"prefix": "file://shared/"})),
+        stored(
+            json!({"uri": "s3://b/k", "endpoint": "https://x", "region": "auto", "credentialsRef": {"name": "s"}}),
+        ),
         changed(|s| s["credentials"]["secretRef"] = json!({"name": "s", "key": "other"})),
         spec(&["x"], None),
         changed(|s| _ = s.as_object_mut().unwrap().remove("credentials")),
@@ -51,10 +63,13 @@ async fn specs_are_accepted_and_refused() {
     let refused = [
         (changed(|s| s["model"] = json!("../x")), "must be the name of a Gemini model"),
         (changed(|s| s["model"] = json!("")), "spec.model"),
-        (changed(|s| s["input"] = json!({})), "exactly one of requests, configMap and geminiFile"),
+        (
+            changed(|s| s["input"] = json!({})),
+            "exactly one of requests, configMap, objectStore and geminiFile",
+        ),
         (
             changed(|s| s["input"]["geminiFile"] = json!({"name": "files/abc"})),
-            "exactly one of requests, configMap and geminiFile",
+            "exactly one of requests, configMap, objectStore and geminiFile",
         ),
         (
             changed(|s| s["input"] = json!({"geminiFile": {"name": "abc/def/gh"}})),
@@ -63,6 +78,21 @@ async fn specs_are_accepted_and_refused() {
         (
             changed(|s| s["input"] = json!({"configMap": {"name": "Not OK", "key": "x"}})),
             "name of a ConfigMap",
+        ),
+        (stored(json!({})), "exactly one of uri (one object) and prefix"),
+        (
+            stored(json!({"uri": "s3://b/k", "prefix": "s3://b/k/"})),
+            "exactly one of uri (one object) and prefix",
+        ),
+        (stored(json!({"uri": "s3://b/k/"})), "must be like s3://BUCKET/KEY"),
+        (stored(json!({"uri": "http://b/k"})), "must be like s3://BUCKET/KEY"),
+        (stored(json!({"uri": "file:///etc/passwd"})), "must be like s3://BUCKET/KEY"),
+        (stored(json!({"prefix": "s3://b/day"})), "with a / at its end"),
+        (stored(json!({"uri": "s3://b/k", "credentialsRef": {"name": "../s"}})), "name of an object"),
+        // Of another namespace: there is no such field.
+        (
+            stored(json!({"uri": "s3://b/k", "credentialsRef": {"name": "s", "namespace": "x"}})),
+            "field not declared in schema",
         ),
         (changed(|s| s["credentials"]["secretRef"]["name"] = json!("Not OK")), "name of a Secret"),
         (changed(|s| s["output"] = json!({"configMap": {"name": "Not OK"}})), "name of an object"),

@@ -11,7 +11,6 @@ use object_store::aws::AmazonS3Builder;
 use object_store::client::{
     HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService,
 };
-use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::path::Path;
 use object_store::{ClientOptions, ObjectStore, ObjectStoreExt as _};
 use serde_json::{Value, json};
@@ -41,7 +40,8 @@ pub struct Server {
     child: Child,
     pub port: u16,
     pub dir: tempfile::TempDir,
-    store: Arc<dyn ObjectStore>,
+    /// Cloud Storage, instead of S3.
+    gcs: bool,
 }
 
 impl Drop for Server {
@@ -87,15 +87,7 @@ impl Server {
             .spawn()
             .unwrap();
         listens(port, "versitygw");
-        let store = AmazonS3Builder::new()
-            .with_bucket_name(BUCKET)
-            .with_endpoint(format!("http://127.0.0.1:{port}"))
-            .with_access_key_id(ACCESS_KEY)
-            .with_secret_access_key(SECRET_KEY)
-            .with_http_connector(Plain)
-            .build()
-            .unwrap();
-        Self { child, port, dir, store: Arc::new(store) }
+        Self { child, port, dir, gcs: false }
     }
 
     /// A Cloud Storage server with one bucket.
@@ -116,14 +108,7 @@ impl Server {
         let made =
             reqwest::Client::new().post(format!("{url}/storage/v1/b?project=p")).json(&bucket).send().await;
         assert!(made.unwrap().status().is_success());
-        let store = GoogleCloudStorageBuilder::new()
-            .with_bucket_name(BUCKET)
-            .with_base_url(&url)
-            .with_service_account_key(no_oauth())
-            .with_http_connector(Plain)
-            .build()
-            .unwrap();
-        Self { child, port, dir, store: Arc::new(store) }
+        Self { child, port, dir, gcs: true }
     }
 
     pub fn endpoint(&self) -> String {
@@ -131,14 +116,35 @@ impl Server {
     }
 
     pub async fn put(&self, name: &str, content: impl Into<Vec<u8>>) {
-        self.store.put(&Path::from(name), content.into().into()).await.unwrap();
+        self.put_into(BUCKET, name, content).await;
     }
 
-    /// Ends it, as a crash would.
-    pub fn stop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+    pub async fn put_into(&self, bucket: &str, name: &str, content: impl Into<Vec<u8>>) {
+        if self.gcs {
+            // It does not know the call that `object_store` makes.
+            let url = format!("{}/upload/storage/v1/b/{bucket}/o", self.endpoint());
+            let put = reqwest::Client::new().post(url).query(&[("uploadType", "media"), ("name", name)]);
+            assert!(put.body(content.into()).send().await.unwrap().status().is_success());
+            return;
+        }
+        let store = s3_bucket(&self.endpoint(), bucket);
+        store.put(&Path::from(name), content.into().into()).await.unwrap();
     }
+
+    pub async fn delete(&self, name: &str) {
+        s3_bucket(&self.endpoint(), BUCKET).delete(&Path::from(name)).await.unwrap();
+    }
+}
+
+fn s3_bucket(endpoint: &str, bucket: &str) -> Arc<dyn ObjectStore> {
+    let store = AmazonS3Builder::new()
+        .with_bucket_name(bucket)
+        .with_endpoint(endpoint)
+        .with_access_key_id(ACCESS_KEY)
+        .with_secret_access_key(SECRET_KEY)
+        .with_http_connector(Plain)
+        .build();
+    Arc::new(store.unwrap())
 }
 
 /// What emulators of Cloud Storage take instead of a key.
@@ -197,11 +203,18 @@ pub enum Fault {
     Refuse,
 }
 
+#[derive(Default)]
+struct Counts {
+    connections: AtomicUsize,
+    requests: AtomicUsize,
+    bytes: AtomicUsize,
+}
+
 /// In front of a server, and failing as it is told.
 pub struct Proxy {
     pub port: u16,
     fault: Arc<Mutex<Fault>>,
-    connections: Arc<AtomicUsize>,
+    counts: Arc<Counts>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -216,16 +229,16 @@ impl Proxy {
         let listener = TcpListener::bind(("127.0.0.1", free_port())).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let fault = Arc::new(Mutex::new(fault));
-        let connections = Arc::new(AtomicUsize::new(0));
-        let (shared, counted, upstream) = (Arc::clone(&fault), Arc::clone(&connections), server.port);
+        let counts = Arc::new(Counts::default());
+        let (shared, counted, upstream) = (Arc::clone(&fault), Arc::clone(&counts), server.port);
         let task = tokio::spawn(async move {
             loop {
                 let Ok((client, _)) = listener.accept().await else { return };
-                counted.fetch_add(1, Ordering::Relaxed);
-                tokio::spawn(forward(client, upstream, Arc::clone(&shared)));
+                counted.connections.fetch_add(1, Ordering::Relaxed);
+                tokio::spawn(forward(client, upstream, Arc::clone(&shared), Arc::clone(&counted)));
             }
         });
-        Self { port, fault, connections, task }
+        Self { port, fault, counts, task }
     }
 
     pub fn endpoint(&self) -> String {
@@ -238,11 +251,26 @@ impl Proxy {
 
     /// Connections so far.
     pub fn connections(&self) -> usize {
-        self.connections.load(Ordering::Relaxed)
+        self.counts.connections.load(Ordering::Relaxed)
+    }
+
+    /// Pieces of requests so far: at least one for each.
+    pub fn requests(&self) -> usize {
+        self.counts.requests.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of answers so far.
+    pub fn bytes(&self) -> usize {
+        self.counts.bytes.load(Ordering::Relaxed)
     }
 }
 
-async fn forward(mut client: TcpStream, upstream: u16, fault: Arc<Mutex<Fault>>) -> std::io::Result<()> {
+async fn forward(
+    mut client: TcpStream,
+    upstream: u16,
+    fault: Arc<Mutex<Fault>>,
+    counts: Arc<Counts>,
+) -> std::io::Result<()> {
     let now = || *fault.lock().unwrap();
     match now() {
         Fault::Refuse => return Ok(()),
@@ -257,7 +285,17 @@ async fn forward(mut client: TcpStream, upstream: u16, fault: Arc<Mutex<Fault>>)
     let server = TcpStream::connect(("127.0.0.1", upstream)).await?;
     let (mut from_client, mut to_client) = client.into_split();
     let (mut from_server, mut to_server) = server.into_split();
-    tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_server).await });
+    let counted = Arc::clone(&counts);
+    tokio::spawn(async move {
+        let mut buffer = vec![0; 16 << 10];
+        loop {
+            match from_client.read(&mut buffer).await {
+                Ok(n) if n > 0 => to_server.write_all(&buffer[..n]).await?,
+                _ => return to_server.shutdown().await,
+            }
+            counted.requests.fetch_add(1, Ordering::Relaxed);
+        }
+    });
     let (mut sent, mut buffer) = (0, vec![0; 16 << 10]);
     loop {
         let n = from_server.read(&mut buffer).await?;
@@ -270,8 +308,8 @@ async fn forward(mut client: TcpStream, upstream: u16, fault: Arc<Mutex<Fault>>)
             Fault::CutAfter(limit) => {
                 part = &part[..part.len().min(limit.saturating_sub(sent))];
                 if part.len() < n {
-                    to_client.write_all(part).await?;
-                    return Ok(());
+                    counts.bytes.fetch_add(part.len(), Ordering::Relaxed);
+                    return to_client.write_all(part).await;
                 }
             }
             Fault::StallAfter(limit) => {
@@ -280,11 +318,12 @@ async fn forward(mut client: TcpStream, upstream: u16, fault: Arc<Mutex<Fault>>)
                 }
             }
             Fault::BytesPerSecond(rate) => {
-                tokio::time::sleep(Duration::from_secs_f64(n as f64 / rate as f64)).await;
+                tokio::time::sleep(Duration::from_micros((n * 1_000_000 / rate) as u64)).await;
             }
             Fault::Status(_) | Fault::Refuse => return Ok(()),
         }
         to_client.write_all(part).await?;
+        counts.bytes.fetch_add(part.len(), Ordering::Relaxed);
         sent += n;
     }
 }

@@ -128,6 +128,16 @@ spec:
             {{- with .limits.maxInputBytes }}
             - --max-input-bytes={{ int64 . }}
             {{- end }}
+            - --transfers={{ int64 .limits.transfers }}
+            {{- with .objectStores.endpoints }}
+            - {{ printf "--object-store-endpoints=%s" (join "," .) | quote }}
+            {{- end }}
+            {{- with .objectStores.ownIdentityNamespaces }}
+            - {{ printf "--own-identity-namespaces=%s" (join "," .) | quote }}
+            {{- end }}
+            {{- range .objectStores.mappedDirectories }}
+            - --mapped-directories={{ .name }}=/mapped/{{ .name }}
+            {{- end }}
             {{- with .sweepSeconds }}
             - --sweep-seconds={{ int64 . }}
             {{- end }}
@@ -188,8 +198,17 @@ spec:
           securityContext:
             {{- toYaml .securityContext | nindent 12 }}
           {{- $tls := and $receives .receiver.tls.secretName }}
-          {{- if or $tls .extraVolumeMounts }}
+          {{- if or $controls $tls .extraVolumeMounts }}
           volumeMounts:
+            {{- if $controls }}
+            - name: temporary
+              mountPath: /tmp
+            {{- range .objectStores.mappedDirectories }}
+            - name: "mapped-{{ .name }}"
+              mountPath: "/mapped/{{ .name }}"
+              readOnly: true
+            {{- end }}
+            {{- end }}
             {{- if $tls }}
             - name: tls
               mountPath: /tls
@@ -199,8 +218,17 @@ spec:
             {{- toYaml . | nindent 12 }}
             {{- end }}
           {{- end }}
-      {{- if or $tls .extraVolumes }}
+      {{- if or $controls $tls .extraVolumes }}
       volumes:
+        {{- if $controls }}
+        - name: temporary
+          emptyDir:
+            sizeLimit: "{{ .controller.temporaryStorage }}"
+        {{- range .objectStores.mappedDirectories }}
+        - name: "mapped-{{ .name }}"
+          {{- toYaml .volume | nindent 10 }}
+        {{- end }}
+        {{- end }}
         {{- if $tls }}
         - name: tls
           secret:

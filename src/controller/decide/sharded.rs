@@ -10,9 +10,8 @@ use super::cleanup::{deletion_deadline, output_filled};
 use super::{Action, Change, Decision, Gate, Observed, Wake, generation_of, lifecycle, output_name, record};
 use crate::api::{GeminiBatchJob, Reason, Retention, Shards};
 use crate::controller::memory::{Memory, OutputObject};
-use crate::controller::shards::merge::Merged;
 use crate::controller::shards::seen::Situation;
-use crate::controller::shards::{self, AT_ONCE, Slot, is_kept, recorded};
+use crate::controller::shards::{self, AT_ONCE, Merged, Slot, is_kept, recorded};
 use crate::controller::{InputFacts, Problem, ending};
 
 /// Whether it is known, and written down, into which parts the input is split.
@@ -64,7 +63,7 @@ pub(super) fn next(o: &Observed<'_>, now: Timestamp) -> Decision {
     let refused = o.memory.shards.refused.as_ref().filter(|refused| refused.next > now);
     let unfit = s.unfit();
     if !unfit.is_empty() && refused.is_none() {
-        return act(shards::act::Action::Sync { indices: unfit, stopped: s.stopped });
+        return act(shards::Action::Sync { indices: unfit, stopped: s.stopped });
     }
     let mut wake = Wake::OnChange;
     let mut own = None;
@@ -73,7 +72,7 @@ pub(super) fn next(o: &Observed<'_>, now: Timestamp) -> Decision {
         wake = Wake::At(refused.next);
     } else if let Some((first, count)) = s.to_create() {
         match may_create(o, first, now) {
-            Ok(()) => return act(shards::act::Action::Create { first, count }),
+            Ok(()) => return act(shards::Action::Create { first, count }),
             Err((said, when)) => {
                 own = said;
                 wake = when;
@@ -90,7 +89,7 @@ pub(super) fn next(o: &Observed<'_>, now: Timestamp) -> Decision {
     finish(o, &s, now)
 }
 
-fn act(action: shards::act::Action) -> Decision {
+fn act(action: shards::Action) -> Decision {
     Decision::Act(Action::Shards(action))
 }
 
@@ -158,7 +157,7 @@ fn finish(o: &Observed<'_>, s: &Situation<'_>, now: Timestamp) -> Decision {
         OutputObject::Reserved { name: other } if other != name => {
             Decision::Act(Action::ReleaseOutput { name: other.clone() })
         }
-        _ => act(shards::act::Action::Merge { name: name.to_owned() }),
+        _ => act(shards::Action::Merge { name: name.to_owned() }),
     }
 }
 
@@ -183,7 +182,7 @@ fn drop_children(
     let refused = o.memory.shards.refused.as_ref().is_some_and(|refused| refused.next > now);
     let untold = to_be_told(s);
     if !untold.is_empty() && !refused {
-        return Ok(Some(act(shards::act::Action::Sync { indices: untold, stopped: true })));
+        return Ok(Some(act(shards::Action::Sync { indices: untold, stopped: true })));
     }
     let is_going = |index: usize, child: &GeminiBatchJob| {
         child.metadata.deletion_timestamp.is_some() || o.memory.shards.going.contains(&index)
@@ -193,7 +192,7 @@ fn drop_children(
     let indices: Vec<usize> =
         all.filter(|(index, child)| !is_going(*index, child)).map(|(index, _)| index).take(AT_ONCE).collect();
     if !indices.is_empty() {
-        return Ok(Some(act(shards::act::Action::Delete { indices })));
+        return Ok(Some(act(shards::Action::Delete { indices })));
     }
     if some { Err(()) } else { Ok(None) }
 }
@@ -216,13 +215,13 @@ pub(super) fn leftovers(o: &Observed<'_>, now: Timestamp) -> Option<Decision> {
         Err(()) => return wait(Wake::OnChange),
     }
     if output_filled(o.job) && !o.memory.shards.parts_dropped {
-        return Some(act(shards::act::Action::DropParts));
+        return Some(act(shards::Action::DropParts));
     }
     if s.children().next().is_some() {
         return Some(lifecycle::at_rest(o, now)); // those that are kept
     }
     match o.memory.shards.left {
-        None => Some(act(shards::act::Action::DeleteAll)),
+        None => Some(act(shards::Action::DeleteAll)),
         Some(0) => None,
         Some(_) => wait(Wake::Recheck),
     }
@@ -244,7 +243,7 @@ pub(super) fn deleting(o: &Observed<'_>, now: Timestamp) -> Option<Decision> {
             return Some(Decision::Wait { say: None, wake: Wake::At(deadline) });
         }
         match o.memory.shards.left {
-            None => return Some(act(shards::act::Action::DeleteAll)),
+            None => return Some(act(shards::Action::DeleteAll)),
             Some(0) => {}
             Some(_) => return Some(Decision::Wait { say: None, wake: Wake::Recheck }),
         }
@@ -256,7 +255,7 @@ pub(super) fn deleting(o: &Observed<'_>, now: Timestamp) -> Option<Decision> {
     }
     let with_it = o.job.spec.output.as_ref().is_some_and(|output| output.retention == Retention::Delete);
     if with_it && !o.memory.shards.parts_dropped {
-        return Some(act(shards::act::Action::DropParts));
+        return Some(act(shards::Action::DropParts));
     }
     if let Some(name) = output_name(o.job).filter(|_| !o.memory.cleanup.output_released) {
         return Some(Decision::Act(Action::ReleaseOutput { name: name.to_owned() }));

@@ -356,6 +356,11 @@ impl Case {
         self.with(|c| c.memory.trouble = Some(Trouble { failures, next: at(next), problem }))
     }
 
+    /// Something of the job is on its way beside the passes.
+    fn transfers(self) -> Self {
+        self.with(|c| c.memory.transfer = Some(Problem::new(Reason::WaitingForTransfer, "on its way")))
+    }
+
     fn unreadable(self, key: &str, since: i64, next: i64) -> Self {
         self.with(|c| c.memory.unreadable = Some(absent(key, 2, since, next)))
     }
@@ -997,6 +1002,23 @@ fn gemini_in_trouble() {
         "the finalizer comes first": applied().trouble(2, Reason::GeminiUnavailable, 5) => "AddFinalizer";
         "a finished job has none": finished().trouble(2, Reason::GeminiUnavailable, 5) => "DeleteInputFile";
         "a deletion does not wait for it": running().deleted().trouble(2, Reason::GeminiUnavailable, 5) => "CancelBatch";
+    }
+}
+
+/// It is woken when that is done, and asks for nothing else meanwhile.
+#[test]
+fn a_transfer_is_waited_for() {
+    check! {
+        "while it is read": held().transfers() => "Wait WaitingForTransfer change";
+        "read for a further attempt": over_once().transfers() => "Wait WaitingForTransfer change";
+        "while it is sent": sending(Stage::NotUploaded).transfers() => "Wait WaitingForTransfer change";
+        "the finalizer comes first": applied().transfers() => "AddFinalizer";
+        "a suspension does not wait for it": sending(Stage::NotUploaded).transfers().suspended(false) => "Wait Suspended change";
+        "nor a deadline": sending(Stage::NotUploaded).transfers().deadline(1) => "Finished Failed DeadlineExceeded";
+        "which ends the wait": sending(Stage::NotUploaded).transfers().deadline(100) => "Wait WaitingForTransfer +99";
+        "nor a deletion": sending(Stage::NotUploaded).transfers().deleted() => "DeleteInputFile";
+        "a store that fails for now": held().trouble(2, Reason::StoreUnavailable, 5) => "Wait StoreUnavailable +5";
+        "one that refuses": running().trouble(2, Reason::StoreAccessDenied, 5) => "Wait StoreAccessDenied! +5";
     }
 }
 

@@ -11,9 +11,11 @@ use kube::api::{DeleteParams, ListParams, PostParams, Preconditions};
 use kube::{Api, Resource as _, ResourceExt as _};
 use serde_json::json;
 
-use super::merge::{self, Merged};
+use super::merge;
 use super::seen::Situation;
-use super::{Refused, Slot, child, child_name, is_child_of, label_of, part_of, recorded, results_name};
+use super::{
+    Action, Merged, Refused, Slot, child, child_name, is_child_of, label_of, part_of, recorded, results_name,
+};
 use crate::api::{GeminiBatchJob, GeminiBatchJobSpec, Input, PARENT_LABEL, Reason, SHARDS_MANAGER};
 use crate::controller::memory::{Memory, OutputObject, after};
 use crate::controller::run::Context;
@@ -23,54 +25,6 @@ use crate::crash;
 
 /// Requests to the API server at the same time.
 const PARALLEL: usize = 8;
-
-/// One step with the jobs of parts.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Create some. They are held until the parent has recorded them.
-    Create {
-        /// The number of the first one.
-        first: usize,
-        /// How many.
-        count: usize,
-    },
-    /// Give some the spec that they shall have.
-    Sync {
-        /// Their numbers.
-        indices: Vec<usize>,
-        /// The parent's time is over.
-        stopped: bool,
-    },
-    /// Delete some.
-    Delete {
-        /// Their numbers.
-        indices: Vec<usize>,
-    },
-    /// Find all that there are, whatever the watch shows, and delete them.
-    DeleteAll,
-    /// Put the results together.
-    Merge {
-        /// Name of the ConfigMap.
-        name: String,
-    },
-    /// Delete the ConfigMaps with the results of single parts.
-    DropParts,
-}
-
-impl Action {
-    /// For logs and tests.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Create { .. } => "CreateShards",
-            Self::Sync { .. } => "SyncShards",
-            Self::Delete { .. } => "DeleteShards",
-            Self::DeleteAll => "DeleteAllShards",
-            Self::Merge { .. } => "MergeShards",
-            Self::DropParts => "DropParts",
-        }
-    }
-}
 
 /// Refreshes what memory knows of the children of a job that has recorded how many there are.
 pub async fn observe(ctx: &Context, parent: &GeminiBatchJob, memory: &mut Memory) -> Result<(), kube::Error> {

@@ -17,7 +17,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::seen::{add, reason_of};
-use super::{Known, Slot, child, child_name, part_of, recorded, results_name};
+use super::{Known, Merged, Slot, Tally, child, child_name, part_of, recorded, results_name};
 use crate::api::{GeminiBatchJob, JOB_NAME_ANNOTATION, PARENT_UID_ANNOTATION, Usage};
 use crate::controller::collect::Keys;
 use crate::controller::output::{self, Done};
@@ -26,31 +26,6 @@ use crate::controller::{decide, observe, stored};
 
 /// One line for each part: its job, how it ended, its batches.
 pub const SHARDS_KEY: &str = "shards.jsonl";
-
-/// What came of it.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Merged {
-    /// They are stored, or there are none.
-    Done(Tally),
-    /// They do not fit.
-    TooLarge {
-        /// What they come to.
-        bytes: i64,
-        /// `metadata.generation` of the job then: another output may take them.
-        generation: Option<i64>,
-    },
-}
-
-/// What the whole holds.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Tally {
-    /// Requests with a response.
-    pub succeeded: i64,
-    /// Tokens.
-    pub usage: Usage,
-    /// The ConfigMap that it is in; `None` if there was nothing to store.
-    pub stored: Option<String>,
-}
 
 /// The results of one part.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -341,10 +316,47 @@ async fn keys_of(
 }
 
 #[cfg(test)]
-impl Merger {
+mod tests {
+    use super::*;
+
+    fn part(keys: &[&str], missing: &[&str]) -> Part {
+        let lines = |keys: &[&str]| {
+            keys.iter().fold(String::new(), |all, k| all + &json!({"key": k}).to_string() + "\n")
+        };
+        Part {
+            results: lines(keys),
+            missing: lines(missing),
+            unmatched: String::new(),
+            manifest: serde_json::from_value(
+                json!({"requests": {"succeeded": keys.len(), "failed": 0}, "joined": true,
+                "usage": {"promptTokens": 1, "outputTokens": 2, "totalTokens": 3}}),
+            )
+            .unwrap(),
+        }
+    }
+
+    #[test]
+    fn results_follow_one_another_and_what_does_not_fit_is_only_counted() {
+        let mut merger = Merger::new(10_000);
+        merger.add(0, "job-0000", None, Some(&part(&["a", "b"], &[])));
+        merger.add(1, "job-0001", None, None);
+        merger.without_results(2, Some(&["c".to_owned(), "d".to_owned()]));
+        merger.add(2, "job-0002", None, Some(&part(&["e"], &["f"])));
+        let (whole, counts) = of(merger);
+        assert_eq!(whole.results, "{\"key\":\"a\"}\n{\"key\":\"b\"}\n{\"key\":\"e\"}\n");
+        assert_eq!(whole.missing, "{\"key\":\"c\"}\n{\"key\":\"d\"}\n{\"key\":\"f\"}\n");
+        assert_eq!(counts, (3, true));
+
+        let mut merger = Merger::new(300);
+        merger.add(0, "job-0000", None, Some(&part(&["a"], &[])));
+        merger.add(1, "job-0001", None, Some(&part(&["x".repeat(300).as_str()], &[])));
+        let (whole, counts) = of(merger);
+        assert_eq!((whole.results.as_str(), counts), ("", (2, false)));
+    }
+
     /// The whole, and `(succeeded, does it fit)`.
-    pub(super) fn for_tests(self) -> (Part, (i64, bool)) {
-        let counts = (self.succeeded, self.size <= self.limit);
-        (self.whole, counts)
+    fn of(merger: Merger) -> (Part, (i64, bool)) {
+        let counts = (merger.succeeded, merger.size <= merger.limit);
+        (merger.whole, counts)
     }
 }

@@ -33,7 +33,7 @@ use super::{Problem, decide};
 use crate::api::conditions::{self, cut};
 use crate::api::{
     GROUP, GeminiBatchJob, GeminiBatchJobSpec, Input, InputRange, LocalRef, PARENT_LABEL, ReadinessPolicy,
-    Retention, SHARD_LABEL, Shards, State, SuspendPolicy,
+    Retention, SHARD_LABEL, Shards, State, SuspendPolicy, Usage,
 };
 
 /// More parts than this are refused: each is an object that everybody who lists jobs sees.
@@ -188,6 +188,79 @@ pub fn child(parent: &GeminiBatchJob, index: usize, range: &InputRange) -> Gemin
     child
 }
 
+/// One step with the jobs of parts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Create some. They are held until the parent has recorded them.
+    Create {
+        /// The number of the first one.
+        first: usize,
+        /// How many.
+        count: usize,
+    },
+    /// Give some the spec that they shall have.
+    Sync {
+        /// Their numbers.
+        indices: Vec<usize>,
+        /// The parent's time is over.
+        stopped: bool,
+    },
+    /// Delete some.
+    Delete {
+        /// Their numbers.
+        indices: Vec<usize>,
+    },
+    /// Find all that there are, whatever the watch shows, and delete them.
+    DeleteAll,
+    /// Put the results together.
+    Merge {
+        /// Name of the ConfigMap.
+        name: String,
+    },
+    /// Delete the ConfigMaps with the results of single parts.
+    DropParts,
+}
+
+impl Action {
+    /// For logs and tests.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Create { .. } => "CreateShards",
+            Self::Sync { .. } => "SyncShards",
+            Self::Delete { .. } => "DeleteShards",
+            Self::DeleteAll => "DeleteAllShards",
+            Self::Merge { .. } => "MergeShards",
+            Self::DropParts => "DropParts",
+        }
+    }
+}
+
+/// What came of putting the results together.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Merged {
+    /// They are stored, or there are none.
+    Done(Tally),
+    /// They do not fit.
+    TooLarge {
+        /// What they come to.
+        bytes: i64,
+        /// `metadata.generation` of the job then: another output may take them.
+        generation: Option<i64>,
+    },
+}
+
+/// What the whole holds.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Tally {
+    /// Requests with a response.
+    pub succeeded: i64,
+    /// Tokens.
+    pub usage: Usage,
+    /// The ConfigMap that it is in; `None` if there was nothing to store.
+    pub stored: Option<String>,
+}
+
 /// A place for a child, as far as this process knows.
 #[derive(Clone, Debug, Default)]
 pub enum Slot {
@@ -266,7 +339,7 @@ pub struct Known {
     /// The API server refused to create or change one.
     pub refused: Option<Refused>,
     /// What came of putting the results together.
-    pub merged: Option<merge::Merged>,
+    pub merged: Option<Merged>,
     /// The results of single children are deleted.
     pub parts_dropped: bool,
     /// Children that a complete list has shown in this pass.

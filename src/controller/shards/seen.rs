@@ -2,8 +2,7 @@
 
 use kube::ResourceExt as _;
 
-use super::merge::Tally;
-use super::{AT_ONCE, Hold, Slot, child_name, desired, is_resting, stalled};
+use super::{AT_ONCE, Hold, Slot, Tally, child_name, desired, is_resting, stalled};
 use crate::api::conditions::{self, FINISHED, READY};
 use crate::api::{GeminiBatchJob, OutputStatus, Reason, RequestCounts, Shard, Shards, State, Usage};
 use crate::controller::Problem;

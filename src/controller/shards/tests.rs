@@ -9,8 +9,7 @@ use kube::ResourceExt as _;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::act::Action as Shards;
-use super::merge::{Merged, Merger, Part, Tally};
+use super::Action as Step;
 use super::plan::{Limits, of_content};
 use super::*;
 use crate::api::conditions::{FINISHED, READY, STALLED};
@@ -99,42 +98,6 @@ fn a_child_is_born_held_and_has_what_its_parents_user_set() {
     assert_eq!((spec.success_policy, spec.sharding), (None, None));
     assert_eq!(spec.output.unwrap().config_map.unwrap().name, "job-0002-results");
     assert!(!desired(&parent, 2, Hold::default()).suspend);
-}
-
-// -------------------------------------------------------------------------------------- results
-
-fn part(keys: &[&str], missing: &[&str]) -> Part {
-    let lines =
-        |keys: &[&str]| keys.iter().fold(String::new(), |all, k| all + &json!({"key": k}).to_string() + "\n");
-    Part {
-        results: lines(keys),
-        missing: lines(missing),
-        unmatched: String::new(),
-        manifest: serde_json::from_value(
-            json!({"requests": {"succeeded": keys.len(), "failed": 0}, "joined": true,
-            "usage": {"promptTokens": 1, "outputTokens": 2, "totalTokens": 3}}),
-        )
-        .unwrap(),
-    }
-}
-
-#[test]
-fn results_follow_one_another_and_what_does_not_fit_is_only_counted() {
-    let mut merger = Merger::new(10_000);
-    merger.add(0, "job-0000", None, Some(&part(&["a", "b"], &[])));
-    merger.add(1, "job-0001", None, None);
-    merger.without_results(2, Some(&["c".to_owned(), "d".to_owned()]));
-    merger.add(2, "job-0002", None, Some(&part(&["e"], &["f"])));
-    let (whole, counts) = merger.for_tests();
-    assert_eq!(whole.results, "{\"key\":\"a\"}\n{\"key\":\"b\"}\n{\"key\":\"e\"}\n");
-    assert_eq!(whole.missing, "{\"key\":\"c\"}\n{\"key\":\"d\"}\n{\"key\":\"f\"}\n");
-    assert_eq!(counts, (3, true));
-
-    let mut merger = Merger::new(300);
-    merger.add(0, "job-0000", None, Some(&part(&["a"], &[])));
-    merger.add(1, "job-0001", None, Some(&part(&["x".repeat(300).as_str()], &[])));
-    let (whole, counts) = merger.for_tests();
-    assert_eq!((whole.results.as_str(), counts), ("", (2, false)));
 }
 
 // ----------------------------------------------------------------------------------- the world
@@ -325,7 +288,7 @@ impl World {
                 self.memory.output = OutputObject::Unknown;
                 self.memory.cleanup.output_released = true;
             }
-            Action::Shards(Shards::Create { first, count }) => {
+            Action::Shards(Step::Create { first, count }) => {
                 assert!(!self.parent.spec.suspend && !self.finished());
                 let in_flight = self.children.values().filter(|c| !decide::is_finished(c)).count();
                 let most =
@@ -340,7 +303,7 @@ impl World {
                     assert!(self.children.insert(child.name_any(), child).is_none());
                 }
             }
-            Action::Shards(Shards::Sync { indices, stopped }) => {
+            Action::Shards(Step::Sync { indices, stopped }) => {
                 let recorded = recorded(&self.parent).unwrap().clone();
                 let slots = self.memory.shards.slots.clone();
                 let situation =
@@ -353,16 +316,16 @@ impl World {
                     child.metadata.generation = child.metadata.generation.map(|g| g + 1);
                 }
             }
-            Action::Shards(Shards::Delete { indices }) => {
+            Action::Shards(Step::Delete { indices }) => {
                 assert!(self.finished(), "no result is lost");
                 for index in indices {
                     self.children.remove(&child_name("job", index)).unwrap();
                 }
             }
-            Action::Shards(Shards::DeleteAll) => {
+            Action::Shards(Step::DeleteAll) => {
                 self.memory.shards.left = Some(self.children.len());
             }
-            Action::Shards(Shards::Merge { name }) => {
+            Action::Shards(Step::Merge { name }) => {
                 self.merged = true;
                 let succeeded = self.children.values().filter_map(|c| c.status.as_ref()?.requests);
                 let tally = Tally {
@@ -372,7 +335,7 @@ impl World {
                 };
                 self.memory.shards.merged = Some(Merged::Done(tally));
             }
-            Action::Shards(Shards::DropParts) => {
+            Action::Shards(Step::DropParts) => {
                 assert!(self.finished() && self.merged);
                 self.memory.shards.parts_dropped = true;
             }
@@ -479,7 +442,7 @@ proptest! {
     /// Whatever happens in whatever order: no part is paid for twice, no more are under way than may be, nothing is
     /// deleted before the whole is stored, and the job ends.
     #[test]
-    fn every_world_comes_to_its_end(
+    fn property_every_world_comes_to_its_end(
         parts in 1usize..9,
         deadline in prop::option::of(30i64..200),
         keeps in any::<bool>(),
@@ -655,7 +618,7 @@ fn a_parent_that_is_deleted_takes_its_children_first() {
             world.now,
         )
     };
-    assert_eq!(observed(&world), Decision::Act(Action::Shards(Shards::Delete { indices: vec![0, 1, 2] })));
+    assert_eq!(observed(&world), Decision::Act(Action::Shards(Step::Delete { indices: vec![0, 1, 2] })));
     world.memory.shards.going = (0..3).collect();
     let Decision::Wait { wake: Wake::At(deadline), .. } = observed(&world) else {
         panic!("it waits for them")
@@ -664,7 +627,7 @@ fn a_parent_that_is_deleted_takes_its_children_first() {
     // They are gone, as far as the watch shows: only a list is certain.
     world.children.clear();
     world.slots();
-    assert_eq!(observed(&world), Decision::Act(Action::Shards(Shards::DeleteAll)));
+    assert_eq!(observed(&world), Decision::Act(Action::Shards(Step::DeleteAll)));
     world.memory.shards.left = Some(1);
     assert!(matches!(observed(&world), Decision::Wait { .. }));
     world.memory.shards.left = Some(0);
