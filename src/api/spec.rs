@@ -1,4 +1,8 @@
 //! What users write. Every doc comment here is what `kubectl explain` prints.
+#![allow(
+    clippy::struct_field_names,
+    reason = "in the API each name stands alone; KubeSchema makes a copy of each struct without its attributes"
+)]
 
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::{CustomResource, KubeSchema};

@@ -58,7 +58,7 @@ pub struct GeminiBatchJobStatus {
 
     /// With `spec.sharding`: the parts of the input and what became of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub shards: Option<Shards>,
+    pub shards: Option<Box<Shards>>,
 
     /// How many requests the job has and what became of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]

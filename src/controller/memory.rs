@@ -53,7 +53,7 @@ pub struct Memory {
     /// An upload that broke off and may go on, and the send that it is of.
     pub upload: Option<Box<(String, Session)>>,
     /// The parts of a sharded job.
-    pub shards: shards::Known,
+    pub shards: Box<shards::Known>,
     /// Steps of the clean-up that are done.
     pub cleanup: Cleanup,
     /// The API key of an attempt that is, or may be, at Gemini: to cancel it with when the job is deleted and its

@@ -206,7 +206,7 @@ pub fn compose(
             s.requests =
                 Some(RequestCounts { total: *requests, pending: *requests, ..RequestCounts::default() });
             let message = format!("{requests} requests are split into {} shards", shards.total);
-            s.shards = Some((**shards).clone());
+            s.shards = Some(shards.clone());
             s.state = State::Pending;
             progress(&mut s, spec, Reason::Submitting, &message, generation, now);
         }
@@ -262,7 +262,7 @@ fn sharded(
     generation: i64,
     now: Timestamp,
 ) {
-    s.shards = Some(seen.shards.clone());
+    s.shards = Some(Box::new(seen.shards.clone()));
     s.requests = Some(seen.requests);
     s.usage = seen.usage.or(s.usage);
     if seen.submitted && !conditions::is_true(&s.conditions, SUBMITTED) {

@@ -960,7 +960,9 @@ mod tests {
                 let read = read_range(&store, &objects, Some(range)).await;
                 assert_eq!(read.len(), usize::try_from(part.requests).unwrap(), "{plan:?}");
                 let mut tally = Tally::default();
-                read.iter().for_each(|line| tally.add(line));
+                for line in &read {
+                    tally.add(line);
+                }
                 assert_eq!(tally.facts(None).sha256, part.sha256);
                 all.extend(read);
             }

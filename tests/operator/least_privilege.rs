@@ -295,7 +295,8 @@ async fn works(env: &Env, values: &[&str], without: &[&str]) {
     assert!(env.config_maps().get_opt("unused").await.unwrap().is_none());
 
     // A job of several shards.
-    env.config_map("two", &json!({"requests.jsonl": [line("a", "one"), line("b", "two")].join("\n")})).await;
+    let two = [line("a", "one"), line("b", "two")].join("\n");
+    env.config_map("two", &json!({"requests.jsonl": two})).await;
     let input = json!({"configMap": {"name": "two", "key": "requests.jsonl"}});
     let mut sharded = with_input(input, Some("both"));
     sharded["sharding"] = json!({"maxRequests": 1});

@@ -29,7 +29,6 @@ fn sharded(max_requests: u32, in_flight: u32, more: Value) -> Value {
     )
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "callers build the values in place")]
 fn with(mut spec: Value, sharding: Value, more: Value) -> Value {
     for fields in [sharding, more] {
         for (name, value) in fields.as_object().unwrap() {
@@ -90,7 +89,7 @@ async fn running(env: &Env, name: &str, how_many: i32) -> GeminiBatchJob {
 
 async fn names_of_maps(env: &Env) -> Vec<String> {
     let maps = env.config_maps().list(&ListParams::default()).await.unwrap();
-    maps.iter().map(ResourceExt::name_any).filter(|name| name != "kube-root-ca.crt").collect()
+    maps.iter().map(kube::ResourceExt::name_any).filter(|name| name != "kube-root-ca.crt").collect()
 }
 
 // ------------------------------------------------------------------------------------ the whole
@@ -150,7 +149,7 @@ async fn no_more_are_under_way_than_were_wanted_and_the_others_follow() {
     edit(&env, "job", json!({"sharding": {"maxInFlight": 4}})).await;
     running(&env, "job", 4).await;
     for batch in env.sim.batches() {
-        env.sim.finish(&batch.name, Outcome::Succeeded);
+        let _ = env.sim.finish(&batch.name, Outcome::Succeeded); // some have
     }
     let job = env.cleaned("job").await;
     assert_eq!((state(&job), counts(&job)), ("Succeeded", (5, 5, 0)));
@@ -267,6 +266,7 @@ async fn a_part_that_was_changed_is_not_sent_until_it_is_put_back() {
     let prompts = [LONG, "hello", "hello"];
     put_input(&env, &prompts).await;
     env.create("job", sharded(1, 3, json!({}))).await;
+    running(&env, "job", 1).await;
     env.until("job-0002", "in line", |j| state(j) == "Queued").await;
     put_input(&env, &[LONG, "hello", "hallo"]).await;
     assert!(env.sim.finish(&env.sim.batches()[0].name, Outcome::Succeeded));
@@ -337,7 +337,7 @@ async fn suspended_in_the_midst_nothing_runs_and_nothing_is_begun() {
     env.until("job", "resumed", |j| shards(j).2 == 2).await;
     while !is_true(&env.jobs().get("job").await.unwrap(), conditions::FINISHED) {
         for batch in env.sim.batches() {
-            env.sim.finish(&batch.name, Outcome::Succeeded);
+            let _ = env.sim.finish(&batch.name, Outcome::Succeeded); // some have
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

@@ -11,7 +11,7 @@ use super::{Action, Change, Decision, Gate, Observed, Wake, generation_of, lifec
 use crate::api::{GeminiBatchJob, Reason, Retention, Shards};
 use crate::controller::memory::{Memory, OutputObject};
 use crate::controller::shards::seen::Situation;
-use crate::controller::shards::{self, AT_ONCE, Merged, Slot, is_kept, recorded};
+use crate::controller::shards::{self, AT_ONCE, Merged, is_kept, recorded};
 use crate::controller::{InputFacts, Problem, ending};
 
 /// Whether it is known, and written down, into which parts the input is split.
@@ -71,7 +71,7 @@ pub(super) fn next(o: &Observed<'_>, now: Timestamp) -> Decision {
         own = Some((refused.problem.clone(), true));
         wake = Wake::At(refused.next);
     } else if let Some((first, count)) = s.to_create() {
-        match may_create(o, first, now) {
+        match may_create(o, now) {
             Ok(()) => return act(shards::Action::Create { first, count }),
             Err((said, when)) => {
                 own = said;
@@ -96,15 +96,11 @@ fn act(action: shards::Action) -> Decision {
 type Said = (Option<(Problem, bool)>, Wake);
 
 /// Whether the next part can be given a job.
-fn may_create(o: &Observed<'_>, first: usize, now: Timestamp) -> Result<(), Said> {
+fn may_create(o: &Observed<'_>, now: Timestamp) -> Result<(), Said> {
     if let Gate::Closed { problem, wake } = o.gate
         && problem.reason == Reason::CrdOutdated
     {
         return Err((Some((problem.clone(), false)), *wake));
-    }
-    let name_taken = matches!(o.memory.shards.slots.get(first), Some(Slot::Foreign));
-    if name_taken && o.memory.shards.refused.is_some() && o.memory.shards.plan_for(o.job).is_some() {
-        return Ok(()); // its time has come to be tried again
     }
     if o.memory.shards.plan_for(o.job).is_some() {
         return Ok(());

@@ -159,7 +159,8 @@ async fn create(
                      admission policy, a missing permission of the operator), or the field of this job that it names",
                     status.message
                 );
-                return refused(ctx, Problem::new(Reason::ShardNotCreated, what), memory);
+                refused(ctx, Problem::new(Reason::ShardNotCreated, what), memory);
+                return Ok(());
             }
             Err(e) => return Err(e),
         };
@@ -169,16 +170,16 @@ async fn create(
                 "GeminiBatchJob {name} exists and was not made for this job, and shard {index} needs that name: delete it if \
                  it is not needed; or delete this job, and create it under another name"
             );
-            return refused(ctx, Problem::new(Reason::ShardNotCreated, what), memory);
+            refused(ctx, Problem::new(Reason::ShardNotCreated, what), memory);
+            return Ok(());
         };
         memory.shards.fresh.insert(index, Arc::new(Watched(Ok(there))));
     }
     Ok(())
 }
 
-fn refused(ctx: &Context, problem: Problem, memory: &mut Memory) -> Result<(), kube::Error> {
+fn refused(ctx: &Context, problem: Problem, memory: &mut Memory) {
     memory.shards.refused = Some(Refused { problem, next: after(ctx.clock.now(), pause(ctx)) });
-    Ok(())
 }
 
 /// Writes specs as a whole: the fields that the parent has not are not at its children either.
@@ -210,7 +211,7 @@ async fn sync(
                 memory.shards.fresh.insert(index, Arc::new(Watched(Ok(*there))));
             }
             Written::Gone => {}
-            Written::Refused(problem) => refused(ctx, problem, memory)?,
+            Written::Refused(problem) => refused(ctx, problem, memory),
         }
     }
     Ok(())

@@ -95,7 +95,7 @@ pub fn is_child_of(parent: &GeminiBatchJob, meta: &ObjectMeta) -> bool {
 #[must_use]
 pub fn recorded(job: &GeminiBatchJob) -> Option<&Shards> {
     job.spec.sharding.as_ref()?;
-    job.status.as_ref()?.shards.as_ref()
+    job.status.as_ref()?.shards.as_deref()
 }
 
 /// By what the job's input is split; `None` if it is not. What was recorded counts, whatever the operator's own limit has

@@ -271,8 +271,8 @@ mod tests {
             for range in &plan.parts {
                 let part = from_lines(slice(text.as_bytes(), range).unwrap(), "x", LIMIT).unwrap();
                 prop_assert_eq!(&part.sha256, &range.sha256);
-                prop_assert_eq!(part.keys.len() as i64, range.requests);
-                prop_assert!(part.bytes.len() as i64 <= max_bytes);
+                prop_assert_eq!(i64::try_from(part.keys.len()).unwrap(), range.requests);
+                prop_assert!(i64::try_from(part.bytes.len()).unwrap() <= max_bytes);
                 prop_assert!(max_requests.is_none_or(|most| range.requests <= most));
                 bytes.extend_from_slice(&part.bytes);
                 keys.extend(part.keys);

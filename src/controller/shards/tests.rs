@@ -299,7 +299,7 @@ impl World {
                     self.uids += 1;
                     child.metadata.uid = Some(format!("child-{}", self.uids));
                     child.metadata.generation = Some(1);
-                    assert!(self.paid.get(&index).is_none(), "shard {index} would be paid for twice");
+                    assert!(!self.paid.contains_key(&index), "shard {index} would be paid for twice");
                     assert!(self.children.insert(child.name_any(), child).is_none());
                 }
             }
@@ -426,7 +426,7 @@ impl World {
     }
 
     /// Everybody goes on until nothing happens any more.
-    fn to_the_end(&mut self) {
+    fn go_to_the_end(&mut self) {
         self.happen(&Happens::Suspend(false));
         for _ in 0..200 {
             self.happen(&Happens::Pass(60));
@@ -455,7 +455,7 @@ proptest! {
         for what in &story {
             world.happen(what);
         }
-        world.to_the_end();
+        world.go_to_the_end();
         prop_assert!(world.finished(), "{:#?}", world.parent.status);
         let status = world.parent.status.as_ref().unwrap();
         let lost = !world.deleted_by_hand.is_empty();
@@ -553,7 +553,7 @@ fn what_gemini_says_of_the_model_holds_for_all_parts() {
 fn one_part_that_expired_does_not_take_the_others_with_it() {
     let mut world = begun(3);
     world.child_goes_on(0, 4);
-    world.to_the_end();
+    world.go_to_the_end();
     let end = condition(&world, FINISHED);
     assert_eq!(end.reason, "ShardsFailed");
     assert!(
