@@ -295,8 +295,8 @@ impl GeminiBatchJobSpec {
     #[must_use]
     pub fn input_range(&self) -> Option<&InputRange> {
         let input = self.input.as_ref()?;
-        let of_map = input.config_map.as_ref().and_then(|at| at.range.as_ref());
-        of_map.or_else(|| input.object_store.as_ref()?.range.as_ref())
+        let of_map = input.config_map.as_ref().and_then(|at| at.range.as_deref());
+        of_map.or_else(|| input.object_store.as_ref()?.range.as_deref())
     }
 
     /// Whether the operator uploads the input, so that the file is its own to delete, and the keys are known.
@@ -548,7 +548,7 @@ pub struct ConfigMapKeyRef {
 
     /// Only a part of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub range: Option<InputRange>,
+    pub range: Option<Box<InputRange>>,
 }
 
 /// A part of an input: whole lines, and what they have to be. The operator writes it into the jobs of a sharded one.
@@ -622,7 +622,7 @@ pub struct ObjectStoreInput {
 
     /// Only a part of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub range: Option<InputRange>,
+    pub range: Option<Box<InputRange>>,
 }
 
 /// A file that exists at Gemini.

@@ -160,10 +160,10 @@ pub fn desired(parent: &GeminiBatchJob, index: usize, hold: Hold) -> GeminiBatch
 pub fn part_of(input: &Input, range: &InputRange) -> Input {
     let mut part = input.clone();
     if let Some(at) = &mut part.config_map {
-        at.range = Some(range.clone());
+        at.range = Some(Box::new(range.clone()));
     }
     if let Some(at) = &mut part.object_store {
-        at.range = Some(range.clone());
+        at.range = Some(Box::new(range.clone()));
     }
     part
 }
