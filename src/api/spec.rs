@@ -46,7 +46,6 @@ const OBJECT_NAME: &str =
     printcolumn(name = "Succeeded", type_ = "integer", json_path = ".status.requests.succeeded"),
     printcolumn(name = "Failed", type_ = "integer", json_path = ".status.requests.failed"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
-    printcolumn(name = "Shards", type_ = "integer", json_path = ".status.shards.total", priority = 1),
     printcolumn(
         name = "Batch",
         type_ = "string",
@@ -59,6 +58,7 @@ const OBJECT_NAME: &str =
         json_path = ".status.conditions[?(@.type==\"Ready\")].reason",
         priority = 1
     ),
+    printcolumn(name = "Shards", type_ = "integer", json_path = ".status.shards.total", priority = 1),
     validation = Rule::new(
         "!has(oldSelf.status) || (!has(oldSelf.status.shards) && \
          (!has(oldSelf.status.attempts) || size(oldSelf.status.attempts) == 0)) || \
