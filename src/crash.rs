@@ -15,8 +15,11 @@ pub(crate) fn at(when: &str, step: &str) {
         std::process::abort();
     }
     if is_due("GBO_STOP_AT", when, step, &STOPS) {
-        // Comes back when somebody sends SIGCONT.
-        let _ = std::process::Command::new("kill").args(["-STOP", &std::process::id().to_string()]).status();
+        // Comes back when somebody sends SIGCONT. The signal is taken by any thread, and this one would go on until it was:
+        // so it is waited for.
+        let script = r#"kill -STOP "$0"; until grep -q ') T ' "/proc/$0/stat"; do :; done"#;
+        let id = std::process::id().to_string();
+        let _ = std::process::Command::new("sh").args(["-c", script, &id]).status();
     }
     assert!(!is_due("GBO_PANIC_AT", when, step, &PANICS), "as a test wanted it");
 }

@@ -19,7 +19,7 @@ use super::memory::{
     Absent, KeyRefused, Memory, NamespaceSeen, OutputObject, Probe, Refused, Remote, Search, Send, Stage,
     Stored, Tries, Trouble, after,
 };
-use super::metrics::ByOutcome;
+use super::metrics::{ByOutcome, ByReason};
 use super::observe;
 use super::output::{self, Done};
 use super::output_store::{self, Delivery};
@@ -103,6 +103,7 @@ pub(super) fn trouble_of(
 
 /// Something else that fails for now: tried again with growing pauses.
 pub(super) fn passing(ctx: &Context, before: Option<&Trouble>, problem: Problem) -> Trouble {
+    ctx.metrics.transfer_failures.get_or_create(&ByReason { reason: problem.reason.as_str() }).inc();
     let failures = before.map_or(0, |t| t.failures).saturating_add(1);
     let timings = &ctx.timings;
     // What somebody has to repair is looked at again soon after they may have.
@@ -619,6 +620,7 @@ impl Step<'_> {
             let Some(gathered) = self.gather(order, memory).await else { return Ok(()) };
             match gathered {
                 Ok(collected) => {
+                    self.count_bytes("read", collected.bytes);
                     memory.trouble = None;
                     memory.unreadable = None;
                     memory.collected = Some(collected);
@@ -667,6 +669,11 @@ impl Step<'_> {
             Waited::Queued => stored::queued(self.ctx, "the results wait"),
         });
         None
+    }
+
+    fn count_bytes(&self, outcome: &'static str, bytes: i64) {
+        let counter = self.ctx.metrics.result_bytes.get_or_create(&ByOutcome { outcome });
+        counter.inc_by(u64::try_from(bytes).unwrap_or(0));
     }
 
     fn to_a_store(&self) -> bool {
@@ -759,6 +766,7 @@ impl Step<'_> {
         match waited.await {
             Waited::Done(done) => match done? {
                 output_store::Done::Yes(stored) => {
+                    self.count_bytes("stored", stored.objects.iter().map(|o| o.bytes).sum());
                     memory.trouble = None;
                     return Ok(Some(Ok(stored)));
                 }

@@ -16,8 +16,8 @@ mod submission;
 use jiff::Timestamp;
 
 use super::destination::Destination;
-use super::ending::End;
-use super::memory::{Memory, Refused, Stage, Trouble, after};
+use super::ending::{self, End};
+use super::memory::{Memory, Refused, Remote, Stage, Trouble, after};
 use super::shards::{self, seen::Seen};
 use super::{InputFacts, Problem, Timings};
 use crate::api::{
@@ -463,8 +463,27 @@ fn stalled(problem: &Problem) -> Decision {
 fn in_trouble(o: &Observed<'_>, trouble: &Trouble, now: Timestamp) -> Decision {
     let stalled = !matches!(trouble.problem.reason, Reason::GeminiUnavailable | Reason::StoreUnavailable);
     let long = trouble.next > after(now, o.timings.trouble_longest);
-    let say = (trouble.failures >= 2 || long).then(|| Box::new(waiting(&trouble.problem, stalled)));
+    let say = (trouble.failures >= 2 || long).then(|| {
+        let results = paid_for(o).filter(|_| trouble.problem.reason != Reason::GeminiUnavailable);
+        Box::new(Change::Waiting {
+            problem: trouble.problem.clone(),
+            stalled,
+            results: results.map(Box::new),
+        })
+    });
     Decision::Wait { say, wake: Wake::At(trouble.next) }
+}
+
+/// What is known of results that are there and can't be stored for now.
+fn paid_for(o: &Observed<'_>) -> Option<Results> {
+    let a = current_attempt(o.job).filter(|a| a.outcome.is_none())?;
+    let Some(Remote::Seen(batch)) = &o.memory.remote else { return None };
+    let collected = o.memory.collected.as_ref();
+    batch.is_terminal().then(|| {
+        let results = ending::results(o.job, a, Some(batch), collected, None);
+        // Nothing is counted before it was read.
+        Results { requests: results.requests.filter(|_| collected.is_some()), ..results }
+    })
 }
 
 /// The attempt that counts: the last one.

@@ -99,6 +99,10 @@ pub struct Metrics {
     pub duration: Histogram,
     /// Requests of jobs that ended, by outcome: `succeeded`, `failed`.
     pub requests: Family<ByOutcome, Counter>,
+    /// Bytes of results, by outcome: `read` from Gemini, `stored` in object stores.
+    pub result_bytes: Family<ByOutcome, Counter>,
+    /// Transfers from and to object stores that failed for now, by reason.
+    pub transfer_failures: Family<ByReason, Counter>,
     /// Tokens of jobs that ended.
     tokens: Family<ByModel, Counter>,
     models: Arc<Mutex<HashSet<String>>>,
@@ -148,6 +152,8 @@ impl Default for Metrics {
             finished: Family::default(),
             duration: Histogram::new(DURATIONS),
             requests: Family::default(),
+            result_bytes: Family::default(),
+            transfer_failures: Family::default(),
             tokens: Family::default(),
             models: Arc::default(),
             reconciles: Family::default(),
@@ -233,6 +239,9 @@ impl Metrics {
         for outcome in ["succeeded", "failed"] {
             self.requests.get_or_create(&ByOutcome { outcome }).inc_by(0);
         }
+        for outcome in ["read", "stored"] {
+            self.result_bytes.get_or_create(&ByOutcome { outcome }).inc_by(0);
+        }
         for by in ["callback", "sweep", "polling", "cancellation", "other"] {
             self.ends_learned.get_or_create(&By { by }).inc_by(0);
         }
@@ -303,6 +312,16 @@ impl Metrics {
             m.duration.clone(),
         );
         registry.register("requests", "Requests of jobs that ended, by outcome", m.requests.clone());
+        registry.register(
+            "result_bytes",
+            "Bytes of results: read from Gemini, stored in object stores",
+            m.result_bytes.clone(),
+        );
+        registry.register(
+            "transfer_failures",
+            "Transfers from and to object stores, and to the temporary directory, that failed for now, by reason",
+            m.transfer_failures.clone(),
+        );
         registry.register("tokens", "Tokens of jobs that ended, by model", m.tokens.clone());
         registry.register(
             "callback_hints_waiting",

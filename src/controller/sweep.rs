@@ -288,6 +288,9 @@ fn is_uncollected(job: &GeminiBatchJob) -> bool {
         Reason::OutputConflict,
         Reason::OutputTooLarge,
         Reason::OutputNotWritable,
+        Reason::StoreAccessDenied,
+        Reason::StoreNotAllowed,
+        Reason::StoreUnavailable,
     ];
     submitted && !decide::is_finished(job) && says(&reasons)
 }
@@ -449,7 +452,15 @@ mod tests {
                 serde_json::from_value(json!({"expirationTime": "2026-01-03T00:00:00Z"})).unwrap();
             job
         };
-        for reason in ["ResultsNotReadable", "OutputConflict", "OutputTooLarge", "OutputNotWritable"] {
+        for reason in [
+            "ResultsNotReadable",
+            "OutputConflict",
+            "OutputTooLarge",
+            "OutputNotWritable",
+            "StoreAccessDenied",
+            "StoreNotAllowed",
+            "StoreUnavailable",
+        ] {
             assert!(is_uncollected(&says(&submitted, "Stalled", reason, false)), "{reason}");
         }
         assert!(is_uncollected(&says(&submitted, "Reconciling", "ResultsNotReadable", false)));

@@ -42,6 +42,8 @@ async fn metrics_tell_what_was_submitted_and_what_came_of_it() {
     is("gemini_batch_requests_total{outcome=\"failed\"}", 2.0);
     is("gemini_batch_ends_learned_total{by=\"callback\"}", 2.0);
     is("gemini_batch_leader", 1.0);
+    assert!(sample(&text, "gemini_batch_result_bytes_total{outcome=\"read\"}") > 100.0, "{text}");
+    is("gemini_batch_result_bytes_total{outcome=\"stored\"}", 0.0);
     let usage =
         |job: &gemini_batch_operator::api::GeminiBatchJob| job.status.as_ref().unwrap().usage.unwrap();
     #[expect(clippy::cast_precision_loss, reason = "a handful of tokens")]

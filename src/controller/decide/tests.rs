@@ -1090,6 +1090,9 @@ fn gemini_in_trouble() {
         "a lasting one": running().trouble(2, Reason::GeminiUnavailable, 5) => "Wait GeminiUnavailable +5";
         "a first one with a long wait": running().trouble(1, Reason::GeminiUnavailable, 301) => "Wait GeminiUnavailable +301";
         "a first one with the longest of our own": running().trouble(1, Reason::GeminiUnavailable, 300) => "Wait - +300";
+        "a store, with results that are paid for": read(BatchState::Succeeded, kept()).store("s3://b/o").trouble(2, Reason::StoreUnavailable, 5) => "Wait StoreUnavailable+results +5";
+        "a store, before they were read": ended(BatchState::Succeeded).store("s3://b/o").trouble(2, Reason::StoreAccessDenied, 5) => "Wait StoreAccessDenied!+results +5";
+        "Gemini, with results": read(BatchState::Succeeded, kept()).store("s3://b/o").trouble(2, Reason::GeminiUnavailable, 5) => "Wait GeminiUnavailable +5";
         "a refused key": running().trouble(2, Reason::CredentialsRefused, 5) => "Wait CredentialsRefused! +5";
         "over": running().trouble(9, Reason::GeminiUnavailable, 0) => "Wait Running change";
         "while sending": sending(uploaded()).trouble(2, Reason::GeminiUnavailable, 5) => "Wait GeminiUnavailable +5";
