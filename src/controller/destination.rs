@@ -4,6 +4,9 @@ use std::fmt;
 
 use crate::api::{GeminiBatchJob, ObjectStoreOutput, OutputStatus, StoredOutput};
 
+/// Counts, token usage and names.
+pub const MANIFEST_KEY: &str = "manifest.json";
+
 /// Where results go.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Destination {
@@ -31,8 +34,8 @@ impl Destination {
         match self {
             Self::ConfigMap(name) => output.config_map.as_ref() == Some(name),
             Self::Store(store) => output.object_store.as_ref().is_some_and(|there| {
-                let place = there.manifest.strip_suffix("/manifest.json");
-                place == Some(store.uri.trim_end_matches('/'))
+                let place = there.manifest.strip_suffix(MANIFEST_KEY);
+                place.and_then(|place| place.strip_suffix('/')) == Some(store.uri.trim_end_matches('/'))
             }),
         }
     }
@@ -54,4 +57,29 @@ pub enum Placed {
     ConfigMap(String),
     /// In these objects.
     Store(StoredOutput),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_where_the_status_names_their_manifest() {
+        let at = |uri: &str| {
+            Destination::Store(serde_json::from_value(serde_json::json!({ "uri": uri })).unwrap())
+        };
+        let manifest = format!("s3://b/o/{MANIFEST_KEY}");
+        let output = OutputStatus {
+            object_store: Some(StoredOutput { manifest, ..StoredOutput::default() }),
+            ..OutputStatus::default()
+        };
+        assert!(at("s3://b/o").is_in(&output) && at("s3://b/o/").is_in(&output));
+        assert!(
+            !at("s3://b").is_in(&output)
+                && !at("s3://b/o/o").is_in(&output)
+                && !at("gs://b/o").is_in(&output)
+        );
+        assert!(!Destination::ConfigMap("o".to_owned()).is_in(&output));
+        assert!(!at("s3://b/o").is_in(&OutputStatus::default()));
+    }
 }

@@ -15,6 +15,7 @@ use serde_json::json;
 
 use super::Problem;
 use super::collect::{Collected, Kept};
+pub use super::destination::MANIFEST_KEY;
 use super::join::What;
 use crate::api::{
     CONTROLLER_MANAGER, GeminiBatchJob, JOB_NAME_ANNOTATION, JOB_UID_ANNOTATION, PARENT_UID_ANNOTATION,
@@ -30,8 +31,6 @@ pub const RESULTS_KEY: &str = "results.jsonl";
 pub const MISSING_KEY: &str = "missing.jsonl";
 /// Lines of the result file that belong to no request, if there are any.
 pub const UNMATCHED_KEY: &str = "unmatched.jsonl";
-/// Counts, token usage and names.
-pub const MANIFEST_KEY: &str = "manifest.json";
 
 /// What came of an attempt to use the object.
 pub enum Done {
