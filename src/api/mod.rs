@@ -12,12 +12,13 @@ mod status;
 pub use reason::Reason;
 pub use spec::{
     ConfigMapKeyRef, Credentials, DeletionPolicy, ErrorCode, GeminiBatchJob, GeminiBatchJobSpec,
-    GeminiFileRef, ImportFrom, Input, InputRequest, LocalRef, Method, ObjectStoreInput, ObjectStoreOutput,
-    Output, ReadinessPolicy, Retention, RetryPolicy, SecretKeyRef, SuccessPolicy, SuspendPolicy,
+    GeminiFileRef, ImportFrom, Input, InputRange, InputRequest, LocalRef, Method, ObjectStoreInput,
+    ObjectStoreOutput, Output, ReadinessPolicy, Retention, RetryPolicy, SecretKeyRef, Sharding,
+    SuccessPolicy, SuspendPolicy,
 };
 pub use status::{
     Attempt, Callback, Cancellation, DryRun, GeminiBatchJobStatus, Outcome, OutputStatus, Refusal,
-    RefusedCall, RequestCounts, State, StoredObject, StoredOutput, Usage,
+    RefusedCall, RequestCounts, Shard, Shards, State, StoredObject, StoredOutput, Usage,
 };
 
 /// API group of everything this operator serves.
@@ -38,3 +39,15 @@ pub const RESEND_ANNOTATION: &str = "geminibatch.dev/resend";
 
 /// On the output object: name of the job it was made for.
 pub const JOB_NAME_ANNOTATION: &str = "geminibatch.dev/job-name";
+
+/// On the results of one shard: UID of the sharded job that puts them together.
+pub const PARENT_UID_ANNOTATION: &str = "geminibatch.dev/parent-uid";
+
+/// On the job of a shard: name of the sharded job, cut to 63 characters.
+pub const PARENT_LABEL: &str = "geminibatch.dev/parent";
+
+/// On the job of a shard: its number, from 0.
+pub const SHARD_LABEL: &str = "geminibatch.dev/shard";
+
+/// Field manager of what the controller writes to the jobs of shards.
+pub const SHARDS_MANAGER: &str = "gemini-batch-shards";

@@ -54,6 +54,10 @@ pub enum Reason {
     InputInvalid,
     /// The input is larger than allowed.
     InputTooLarge,
+    /// The input is not the one that was split, or this part of it is not.
+    InputDiffers,
+    /// The job of a shard can't be created.
+    ShardNotCreated,
     /// The object store refuses the credentials.
     StoreAccessDenied,
     /// An administrator has not allowed this endpoint, this directory, or the operator's own identity.
@@ -100,6 +104,8 @@ pub enum Reason {
     AllRequestsFailed,
     /// More requests failed than `spec.successPolicy` allows.
     TooManyFailedRequests,
+    /// Some shards ended without their results.
+    ShardsFailed,
     /// Every request has a response.
     Completed,
     /// Some requests have a response.
@@ -121,7 +127,7 @@ pub enum Reason {
 
 impl Reason {
     /// All reasons, for documentation and for tests that none is forgotten.
-    pub const ALL: [Self; 53] = [
+    pub const ALL: [Self; 56] = [
         Self::Submitting,
         Self::Submitted,
         Self::WaitingForQuota,
@@ -146,6 +152,8 @@ impl Reason {
         Self::InputNotFound,
         Self::InputInvalid,
         Self::InputTooLarge,
+        Self::InputDiffers,
+        Self::ShardNotCreated,
         Self::StoreAccessDenied,
         Self::StoreNotAllowed,
         Self::OutputConflict,
@@ -168,6 +176,7 @@ impl Reason {
         Self::AttemptsExhausted,
         Self::AllRequestsFailed,
         Self::TooManyFailedRequests,
+        Self::ShardsFailed,
         Self::Completed,
         Self::CompletedWithFailures,
         Self::ContradictingCallback,
@@ -181,6 +190,12 @@ impl Reason {
     #[must_use]
     pub fn is_final(self) -> bool {
         (Self::ModelNotFound..=Self::CompletedWithFailures).contains(&self)
+    }
+
+    /// The reason that is spelled so.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.as_str() == text)
     }
 
     /// The reason as conditions, Events and metrics spell it.
@@ -211,6 +226,8 @@ impl Reason {
             Self::InputNotFound => "InputNotFound",
             Self::InputInvalid => "InputInvalid",
             Self::InputTooLarge => "InputTooLarge",
+            Self::InputDiffers => "InputDiffers",
+            Self::ShardNotCreated => "ShardNotCreated",
             Self::StoreAccessDenied => "StoreAccessDenied",
             Self::StoreNotAllowed => "StoreNotAllowed",
             Self::OutputConflict => "OutputConflict",
@@ -233,6 +250,7 @@ impl Reason {
             Self::AttemptsExhausted => "AttemptsExhausted",
             Self::AllRequestsFailed => "AllRequestsFailed",
             Self::TooManyFailedRequests => "TooManyFailedRequests",
+            Self::ShardsFailed => "ShardsFailed",
             Self::Completed => "Completed",
             Self::CompletedWithFailures => "CompletedWithFailures",
             Self::ContradictingCallback => "ContradictingCallback",
@@ -260,7 +278,7 @@ mod tests {
         use Reason::{Completed, CompletedWithFailures, ContradictingCallback, InternalError, ModelNotFound};
         assert!([ModelNotFound, Completed, CompletedWithFailures].iter().all(|reason| reason.is_final()));
         assert!(![InternalError, ContradictingCallback, Reason::Submitting].iter().any(|r| r.is_final()));
-        assert_eq!(Reason::ALL.iter().filter(|reason| reason.is_final()).count(), 16);
+        assert_eq!(Reason::ALL.iter().filter(|reason| reason.is_final()).count(), 17);
     }
 
     #[test]

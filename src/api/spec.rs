@@ -1,4 +1,8 @@
 //! What users write. Every doc comment here is what `kubectl explain` prints.
+#![allow(
+    clippy::struct_field_names,
+    reason = "in the API each name stands alone; KubeSchema makes a copy of each struct without its attributes"
+)]
 
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::{CustomResource, KubeSchema};
@@ -17,6 +21,7 @@ const OBJECT_NAME: &str =
 /// - `credentials`: the Secret with the API key that pays
 /// - `input`: the requests, here, in a ConfigMap, in an object store or in a file at Gemini
 /// - `output`: where the results go; without it they stay with Gemini
+/// - `sharding`: whether a large input becomes several batches
 /// - `suspend`, `activeDeadlineSeconds`: when to hold it, how long it may take
 /// - `backoffLimit`, `retryPolicy`: whether to try again a batch that failed, or requests that did
 /// - `deletionPolicy`, `ttlSecondsAfterFinished`: what becomes of it afterwards
@@ -54,8 +59,10 @@ const OBJECT_NAME: &str =
         json_path = ".status.conditions[?(@.type==\"Ready\")].reason",
         priority = 1
     ),
+    printcolumn(name = "Shards", type_ = "integer", json_path = ".status.shards.total", priority = 1),
     validation = Rule::new(
-        "!has(oldSelf.status) || !has(oldSelf.status.attempts) || size(oldSelf.status.attempts) == 0 || \
+        "!has(oldSelf.status) || (!has(oldSelf.status.shards) && \
+         (!has(oldSelf.status.attempts) || size(oldSelf.status.attempts) == 0)) || \
          (self.spec.model == oldSelf.spec.model && \
          (has(self.spec.method) ? self.spec.method : 'GenerateContent') == \
          (has(oldSelf.spec.method) ? oldSelf.spec.method : 'GenerateContent') && \
@@ -72,7 +79,23 @@ const OBJECT_NAME: &str =
     )
     .reason(Reason::FieldValueForbidden),
     validation = Rule::new(
-        "!has(oldSelf.status) || !has(oldSelf.status.attempts) || size(oldSelf.status.attempts) == 0 || \
+        "!has(oldSelf.status) || (!has(oldSelf.status.shards) && \
+         (!has(oldSelf.status.attempts) || size(oldSelf.status.attempts) == 0)) || \
+         (has(self.spec.sharding) == has(oldSelf.spec.sharding) && (!has(self.spec.sharding) || \
+         (has(self.spec.sharding.maxRequests) == has(oldSelf.spec.sharding.maxRequests) && \
+         (!has(self.spec.sharding.maxRequests) || \
+         self.spec.sharding.maxRequests == oldSelf.spec.sharding.maxRequests) && \
+         has(self.spec.sharding.maxBytes) == has(oldSelf.spec.sharding.maxBytes) && \
+         (!has(self.spec.sharding.maxBytes) || self.spec.sharding.maxBytes == oldSelf.spec.sharding.maxBytes))))"
+    )
+    .message(
+        "spec.sharding can't be changed once the submission has begun, apart from spec.sharding.maxInFlight: the input \
+         is split already"
+    )
+    .reason(Reason::FieldValueForbidden),
+    validation = Rule::new(
+        "!has(oldSelf.status) || (!has(oldSelf.status.shards) && \
+         (!has(oldSelf.status.attempts) || size(oldSelf.status.attempts) == 0)) || \
          !has(self.spec.dryRun) || !self.spec.dryRun || (has(oldSelf.spec.dryRun) && oldSelf.spec.dryRun)"
     )
     .message("spec.dryRun can't be turned on once the submission has begun: spec.suspend holds a job")
@@ -131,6 +154,19 @@ const OBJECT_NAME: &str =
     validation = Rule::new("!has(self.ttlSecondsAfterFinished) || has(self.output)").message(
         "spec.ttlSecondsAfterFinished needs spec.output: without it the job is all that names its results"
     ),
+    validation = Rule::new(
+        "!has(self.sharding) || (has(self.input) && (has(self.input.configMap) || has(self.input.objectStore)))"
+    )
+    .message("spec.sharding needs spec.input.configMap or spec.input.objectStore: only these are large enough to be split"),
+    validation = Rule::new(
+        "!has(self.sharding) || !has(self.input) || \
+         ((!has(self.input.configMap) || !has(self.input.configMap.range)) && \
+         (!has(self.input.objectStore) || !has(self.input.objectStore.range)))"
+    )
+    .message("spec.sharding can't be used with a range of an input: split the whole input, or leave the range out"),
+    validation = Rule::new("!has(self.sharding) || (has(self.output) && has(self.output.configMap))").message(
+        "spec.sharding needs spec.output.configMap: the results of all shards are put together there"
+    ),
     validation = Rule::new("!has(self.importFrom) || !has(self.backoffLimit) || self.backoffLimit == 0").message(
         "spec.backoffLimit can't be used with importFrom: the operator does not have the requests to send them again"
     ),
@@ -183,6 +219,13 @@ pub struct GeminiBatchJobSpec {
     /// goes on whose results did not fit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<Output>,
+
+    /// Splits the input over several batches, each by a GeminiBatchJob of its own that this one creates, and puts their
+    /// results together. A batch that Gemini fails or lets expire then costs one part, and is tried again alone
+    /// (`backoffLimit` and the limit of attempts count for each part). Edit this job only: what is edited at the jobs
+    /// of its parts is set back. Can't be changed once the input is split, apart from `maxInFlight`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sharding: Option<Sharding>,
 
     /// Only tries whether the job could be submitted: the input, the API key and the output are checked, the output
     /// object is reserved, and `status.dryRun` and the condition `Validated` tell what was found. Nothing is sent to
@@ -286,6 +329,14 @@ impl GeminiBatchJobSpec {
         self.input.as_ref()?.object_store.as_ref()
     }
 
+    /// The part of the input that the job has, if it has not all of it.
+    #[must_use]
+    pub fn input_range(&self) -> Option<&InputRange> {
+        let input = self.input.as_ref()?;
+        let of_map = input.config_map.as_ref().and_then(|at| at.range.as_deref());
+        of_map.or_else(|| input.object_store.as_ref()?.range.as_deref())
+    }
+
     /// Whether the operator uploads the input, so that the file is its own to delete, and the keys are known.
     #[must_use]
     pub fn has_own_input(&self) -> bool {
@@ -320,6 +371,43 @@ impl Method {
             Self::EmbedContent => "EmbedContent",
         }
     }
+}
+
+/// How an input is split over several batches.
+#[derive(Serialize, Deserialize, KubeSchema, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[x_kube(
+    validation = Rule::new("has(self.maxRequests) || has(self.maxBytes)")
+        .message("spec.sharding needs maxRequests, maxBytes or both")
+)]
+pub struct Sharding {
+    /// At most so many requests in one batch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100_000_000))]
+    pub max_requests: Option<i64>,
+
+    /// At most so many bytes of JSON Lines in one batch. No request may be larger. Never more than what the operator
+    /// takes for one batch (2 GB, unless an administrator says otherwise).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 2_147_483_648_i64))]
+    pub max_bytes: Option<i64>,
+
+    /// At most so many parts are under way at once; the others are begun as these end. May be changed at any time.
+    /// The operator's ceiling of active batches for each API key counts as well. Default: 10.
+    #[serde(default = "default_in_flight", skip_serializing_if = "is_default_in_flight")]
+    #[schemars(range(min = 1, max = 100))]
+    pub max_in_flight: i32,
+}
+
+const IN_FLIGHT: i32 = 10;
+
+fn default_in_flight() -> i32 {
+    IN_FLIGHT
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature is serde's")]
+fn is_default_in_flight(value: &i32) -> bool {
+    *value == IN_FLIGHT
 }
 
 /// What `suspend` means for a batch that runs.
@@ -617,6 +705,30 @@ pub struct ConfigMapKeyRef {
     /// The key inside the ConfigMap's `data` or `binaryData`.
     #[schemars(length(min = 1, max = 253))]
     pub key: String,
+
+    /// Only a part of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub range: Option<Box<InputRange>>,
+}
+
+/// A part of an input: whole lines, and what they have to be. The operator writes it into the jobs of a sharded one.
+#[derive(Serialize, Deserialize, KubeSchema, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct InputRange {
+    /// Where its first line begins, in bytes; over all objects of a `prefix`, in the order of their names.
+    #[schemars(range(min = 0))]
+    pub offset: i64,
+    /// How many bytes there are to the end of its last line.
+    #[schemars(range(min = 1))]
+    pub length: i64,
+    /// How many requests it holds.
+    #[schemars(range(min = 1))]
+    pub requests: i64,
+    /// SHA-256 in hexadecimal of its lines as they are sent: without blank lines, and without spaces around them. Nothing
+    /// else is ever sent.
+    #[x_kube(validation = Rule::new("self.matches('^[0-9a-f]{64}$')").message("must be a SHA-256 in lower case hexadecimal"))]
+    #[schemars(length(max = 64))]
+    pub sha256: String,
 }
 
 /// Objects of an object store.
@@ -667,6 +779,10 @@ pub struct ObjectStoreInput {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
     pub region: Option<String>,
+
+    /// Only a part of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub range: Option<Box<InputRange>>,
 }
 
 /// A file that exists at Gemini.

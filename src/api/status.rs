@@ -56,6 +56,10 @@ pub struct GeminiBatchJobStatus {
     ))]
     pub attempts: Vec<Attempt>,
 
+    /// With `spec.sharding`: the parts of the input and what became of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shards: Option<Box<Shards>>,
+
     /// How many requests the job has and what became of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requests: Option<RequestCounts>,
@@ -279,6 +283,68 @@ pub struct RequestCounts {
     /// Those without a result yet, and those whose error a further attempt may replace.
     #[serde(default)]
     pub pending: i64,
+}
+
+/// The parts of a sharded job. Recorded before the first of them is created, so that the input is split once.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct Shards {
+    /// How many there are.
+    #[serde(default)]
+    pub total: i32,
+    /// How many of them were given a job, in their order. None of these is ever given another one.
+    #[serde(default)]
+    pub created: i32,
+    /// Those that are not at Gemini yet.
+    #[serde(default)]
+    pub pending: i32,
+    /// Those that Gemini has.
+    #[serde(default)]
+    pub running: i32,
+    /// Those that ended with their results.
+    #[serde(default)]
+    pub succeeded: i32,
+    /// Those that ended without (all of) them.
+    #[serde(default)]
+    pub failed: i32,
+    /// SHA-256 of the whole input as it is sent, in hexadecimal.
+    #[serde(default)]
+    #[schemars(length(max = 64))]
+    pub input_sha256: String,
+    /// SHA-256 of where it was split: the same input, split in the same way, has the same.
+    #[serde(default)]
+    #[schemars(length(max = 64))]
+    pub plan_sha256: String,
+    /// `spec.sharding.maxRequests` as it was split by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_requests: Option<i64>,
+    /// `spec.sharding.maxBytes` as it was split by, or the operator's own limit.
+    #[serde(default)]
+    pub max_bytes: i64,
+    /// At most 20 of them: first those that somebody has to look at, then those that are under way.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 20), extend(
+        "x-kubernetes-list-type" = "map",
+        "x-kubernetes-list-map-keys" = ["index"]
+    ))]
+    pub listed: Vec<Shard>,
+}
+
+/// One part of a sharded job.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct Shard {
+    /// Its number, from 0.
+    pub index: i32,
+    /// The GeminiBatchJob that it was given.
+    #[schemars(length(max = 253))]
+    pub job: String,
+    /// Of that job. `Failed` if it does not exist any more.
+    pub state: State,
+    /// Why, as in that job's conditions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub reason: Option<String>,
 }
 
 /// What a submission would carry.

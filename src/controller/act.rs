@@ -27,7 +27,7 @@ use super::retry::Judge;
 use super::run::Context;
 use super::stored::{self, Failure, Unsent};
 use super::transfers::Waited;
-use super::{Credential, Problem, ending, identity};
+use super::{Credential, Problem, ending, identity, shards};
 use crate::api::{
     Attempt, GeminiBatchJob, Method, ObjectStoreOutput, Reason, Refusal, RefusedCall, StoredOutput,
 };
@@ -230,6 +230,7 @@ impl Step<'_> {
             }
             Action::DeleteBatch { batch } => self.delete_batch(batch, memory).await,
             Action::DeleteJob => self.delete_job(memory).await?,
+            Action::Shards(action) => shards::act::take(self.ctx, self.job, action, memory).await?,
         }
         Ok(())
     }

@@ -10,6 +10,7 @@
 mod cleanup;
 mod lifecycle;
 mod running;
+mod sharded;
 mod submission;
 
 use jiff::Timestamp;
@@ -17,9 +18,11 @@ use jiff::Timestamp;
 use super::destination::Destination;
 use super::ending::{self, End};
 use super::memory::{Memory, Refused, Remote, Stage, Trouble, after};
+use super::shards::{self, seen::Seen};
 use super::{InputFacts, Problem, Timings};
 use crate::api::{
-    Attempt, Callback, FINALIZER, GeminiBatchJob, OutputStatus, Reason, RequestCounts, Usage, conditions,
+    Attempt, Callback, FINALIZER, GeminiBatchJob, OutputStatus, Reason, RequestCounts, Shards, Usage,
+    conditions,
 };
 use crate::gemini::{Batch, BatchName, BatchState};
 
@@ -104,6 +107,7 @@ impl Decision {
                 Action::AskNamespace => "AskNamespace",
                 Action::DeleteBatch { .. } => "DeleteBatch",
                 Action::DeleteJob => "DeleteJob",
+                Action::Shards(action) => action.name(),
             },
             Self::Record(change) => match **change {
                 Change::AddFinalizer => "AddFinalizer",
@@ -118,6 +122,8 @@ impl Decision {
                 Change::HintObserved { .. } => "HintObserved",
                 Change::Suspended => "Suspended",
                 Change::Validated { .. } => "Validated",
+                Change::Planned { .. } => "Planned",
+                Change::Sharded(_) => "Sharded",
                 Change::Cancelling { .. } => "Cancelling",
                 Change::AttemptEnded(_) => "AttemptEnded",
                 Change::Waiting { .. } => "Waiting",
@@ -232,6 +238,8 @@ pub enum Action {
     },
     /// Delete the job: its time to live is over.
     DeleteJob,
+    /// Something about the jobs of a sharded one's parts.
+    Shards(shards::Action),
 }
 
 /// One write to the job.
@@ -283,6 +291,15 @@ pub enum Change {
         /// `None`: the input is somebody else's file.
         input: Option<InputFacts>,
     },
+    /// The input is split: from now on its parts are what they are.
+    Planned {
+        /// How many requests it holds.
+        requests: i64,
+        /// The parts.
+        shards: Box<Shards>,
+    },
+    /// What is known of the parts.
+    Sharded(Box<Seen>),
     /// The batch is to be cancelled.
     Cancelling {
         /// Why: `Suspended` or `DeadlineExceeded`.
@@ -340,6 +357,9 @@ pub fn needs_input(job: &GeminiBatchJob, memory: &Memory) -> bool {
     if no_send || !job.spec.has_own_input() {
         return false;
     }
+    if job.spec.sharding.is_some() {
+        return sharded::needs_input(job, memory);
+    }
     match current_attempt(job) {
         None => true,
         Some(a) if a.outcome.is_some() => true,
@@ -390,6 +410,9 @@ fn next(o: &Observed<'_>, now: Timestamp) -> Decision {
     }
     if !has_finalizer(o.job) {
         return record(Change::AddFinalizer);
+    }
+    if sharded::is_planned(o.job) {
+        return sharded::next(o, now);
     }
     if let Some(trouble) = o.memory.trouble.as_ref().filter(|t| t.next > now) {
         if let Some(decision) = lifecycle::despite_trouble(o, now) {

@@ -18,7 +18,7 @@ use super::retry;
 use crate::api::conditions::cut;
 use crate::api::{
     Attempt, GeminiBatchJob, Method, Outcome, OutputStatus, RESEND_ANNOTATION, Reason, Refusal, RefusedCall,
-    RequestCounts, State,
+    RequestCounts, Retention, State,
 };
 use crate::gemini::{Batch, BatchName, BatchState, Error, Hint};
 
@@ -366,7 +366,8 @@ fn partial(counts: RequestCounts) -> String {
 }
 
 /// A success, unless more requests failed than the job allows.
-fn by_success_policy(
+#[must_use]
+pub fn by_success_policy(
     job: &GeminiBatchJob,
     counts: RequestCounts,
     (state, reason, message): (State, Reason, String),
@@ -410,6 +411,48 @@ fn bettered_in_vain(
         a.number
     );
     (state, reason, message)
+}
+
+/// The results of all shards are more than a ConfigMap takes.
+#[must_use]
+pub fn shards_too_large(name: &str, bytes: i64) -> Problem {
+    Problem::new(
+        Reason::OutputTooLarge,
+        format!(
+            "the results of all shards are {bytes} bytes, more than ConfigMap {name} can hold. They are kept in one ConfigMap \
+             for each shard (status.shards; NAME-results): read them there, then delete this job"
+        ),
+    )
+}
+
+/// A sharded job was deleted before its end, and its shards with it.
+#[must_use]
+pub fn shards_deleted(job: &GeminiBatchJob) -> Problem {
+    Problem::new(
+        Reason::Cancelled,
+        format!("the jobs of its shards were deleted with it{}", kept_results(job)),
+    )
+}
+
+/// The same, and some of them take longer.
+#[must_use]
+pub fn shards_going(job: &GeminiBatchJob) -> Problem {
+    let what = format!(
+        "spec.deletionTimeoutSeconds have passed; the jobs of its shards that are still being deleted tell by themselves \
+         what becomes of their batches{}",
+        kept_results(job)
+    );
+    Problem::new(Reason::Deleted, what)
+}
+
+fn kept_results(job: &GeminiBatchJob) -> &'static str {
+    let retention = job.spec.output.as_ref().map(|output| output.retention).unwrap_or_default();
+    match retention {
+        Retention::Retain => {
+            "; results that single shards had stored are kept, in the ConfigMaps NAME-results"
+        }
+        Retention::Delete => "",
+    }
 }
 
 fn verdict(

@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 use super::identity::hex;
 use super::memory::Stored;
 use super::request;
+use super::shards::plan::Plan;
 use super::{InputFacts, Problem};
 use crate::api::{InputRequest, Method, Reason};
 
@@ -32,6 +33,8 @@ pub struct Input {
     pub whole_sha256: String,
     /// The keys in input order.
     pub keys: Vec<String>,
+    /// Where it is split, if it is.
+    pub plan: Option<Arc<Plan>>,
 }
 
 impl Input {
@@ -62,6 +65,7 @@ impl Input {
             bytes: bytes.into(),
             keys,
             whole_sha256: self.whole_sha256,
+            plan: self.plan,
         }
     }
 }
@@ -82,6 +86,15 @@ impl Carried {
         match self {
             Self::Whole(input) => input.facts(),
             Self::Stored(stored) => stored.facts.clone(),
+        }
+    }
+
+    /// Where it is split, if it is.
+    #[must_use]
+    pub fn plan(&self) -> Option<&Arc<Plan>> {
+        match self {
+            Self::Whole(input) => input.plan.as_ref(),
+            Self::Stored(stored) => stored.plan.as_ref(),
         }
     }
 }
@@ -180,7 +193,7 @@ pub fn from_lines(content: &[u8], source: &str, method: Method, max_bytes: u64) 
         return Err(too_large(bytes.len()));
     }
     let sha256 = hex(&Sha256::digest(&bytes));
-    Ok(Input { whole_sha256: sha256.clone(), sha256, bytes: bytes.into(), keys })
+    Ok(Input { whole_sha256: sha256.clone(), sha256, bytes: bytes.into(), keys, plan: None })
 }
 
 /// The key of one line, or what is wrong with the line.

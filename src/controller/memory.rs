@@ -12,6 +12,7 @@ use super::collect::Collected;
 use super::decide::Wake;
 use super::destination::{Destination, Placed};
 use super::keys::Lines;
+use super::shards::{self, plan::Plan};
 use super::{Credential, InputFacts, Problem};
 use crate::api::{Method, ObjectStoreInput, Reason, Refusal};
 use crate::gemini::{Batch, BatchName, Session};
@@ -54,6 +55,8 @@ pub struct Memory {
     pub transfer: Option<Problem>,
     /// An upload that broke off and may go on, and the send that it is of.
     pub upload: Option<Box<(String, Session)>>,
+    /// The parts of a sharded job.
+    pub shards: Box<shards::Known>,
     /// Steps of the clean-up that are done.
     pub cleanup: Cleanup,
     /// The API key of an attempt that is, or may be, at Gemini: to cancel it with when the job is deleted and its
@@ -274,6 +277,8 @@ pub struct Stored {
     pub objects: Vec<Object>,
     /// Lines that have a result already, if it is a further attempt and some have one.
     pub answered: Option<Lines>,
+    /// Where it is split, if it is.
+    pub plan: Option<Arc<Plan>>,
 }
 
 /// What is wrong with an input in an object store.

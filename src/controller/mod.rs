@@ -17,6 +17,7 @@
 //! | [`stored`] | yes | an input in an object store: checked, then sent, as a stream |
 //! | [`keys`] | no | millions of keys in bounded memory |
 //! | [`transfers`] | no | work as long as an object is large, beside the passes |
+//! | [`shards`] | yes | jobs whose input is split over several batches |
 //! | [`run`] | yes | drives the four, and the watch |
 //! | [`policy`] | no | what an administrator decided for all jobs |
 //! | [`schema_check`] | yes | whether the installed definition is as new as the operator |
@@ -50,6 +51,7 @@ pub mod retry;
 pub mod ring;
 pub mod run;
 pub mod schema_check;
+pub mod shards;
 pub mod stored;
 pub mod sweep;
 pub mod transfers;

@@ -1,5 +1,7 @@
 //! Collects all that a decision needs. Client required; changes nothing.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -8,8 +10,12 @@ use kube::{Api, Client, ResourceExt};
 
 use super::input::{self, Input};
 use super::policy::Policy;
+use super::shards::{
+    self,
+    plan::{self, Limits},
+};
 use super::{Credential, Problem};
-use crate::api::{CONTROLLER_MANAGER, GeminiBatchJob, Reason};
+use crate::api::{CONTROLLER_MANAGER, GeminiBatchJob, Method, Reason};
 use crate::callback::keyring::KeyRing;
 use crate::gemini::ApiKey;
 
@@ -186,14 +192,31 @@ pub async fn input(
         .or_else(|| {
             map.binary_data.as_ref().and_then(|d| d.get(&at.key)).map(|b| Bytes::copy_from_slice(&b.0))
         });
-    Ok(match content {
-        Some(content) => {
-            let source = format!("ConfigMap {name}, key {}", at.key);
-            input::from_lines(&content, &source, job.spec.method, max_bytes)
+    let source = format!("ConfigMap {name}, key {}", at.key);
+    Ok(match (content, &at.range) {
+        (Some(content), Some(range)) => {
+            let part = plan::slice(&content, range)
+                .map(|part| input::from_lines(part, &source, job.spec.method, max_bytes));
+            // What else it may be matters nothing: it is not what it has to be.
+            match part {
+                Some(Ok(part)) if part.sha256 == range.sha256 => Ok(part),
+                _ => Err(plan::differs(&source, range)),
+            }
         }
-        None => Err(Problem::new(
+        (Some(content), None) => match shards::limits(job, max_bytes) {
+            Some(limits) => split(&content, &source, job.spec.method, limits),
+            None => input::from_lines(&content, &source, job.spec.method, max_bytes),
+        },
+        (None, _) => Err(Problem::new(
             Reason::InputNotFound,
             format!("ConfigMap {name} has no key {}: add it", at.key),
         )),
     })
+}
+
+/// Checks an input of which each part is sent by itself: so the whole may be larger.
+fn split(content: &[u8], source: &str, method: Method, limits: Limits) -> Result<Input, Problem> {
+    let whole = input::from_lines(content, source, method, u64::MAX)?;
+    let plan = plan::of_content(content, source, limits)?;
+    Ok(Input { plan: Some(Arc::new(plan)), ..whole })
 }

@@ -18,8 +18,8 @@ use super::collect::{Collected, Kept};
 pub use super::destination::MANIFEST_KEY;
 use super::join::What;
 use crate::api::{
-    CONTROLLER_MANAGER, GeminiBatchJob, JOB_NAME_ANNOTATION, JOB_UID_ANNOTATION, Reason, RequestCounts,
-    Retention,
+    CONTROLLER_MANAGER, GeminiBatchJob, JOB_NAME_ANNOTATION, JOB_UID_ANNOTATION, PARENT_UID_ANNOTATION,
+    Reason, RequestCounts, Retention,
 };
 
 /// The API server takes 1 MiB of data in a ConfigMap; the manifest needs some of it.
@@ -108,6 +108,24 @@ pub async fn store(
                     new.push('\n');
                 }
             }
+            let full = object(job, name, Some(data), there.resource_version());
+            write(maps.replace(name, &post(), &full).await, name)
+        }
+        Some(there) => Ok(Done::Blocked(conflict(job, name, &there))),
+        None => write(maps.create(&post(), &object(job, name, Some(data), None)).await, name),
+    }
+}
+
+/// Writes these contents instead of what is in it.
+pub async fn put(
+    client: &Client,
+    job: &GeminiBatchJob,
+    name: &str,
+    data: BTreeMap<String, String>,
+) -> Result<Done, kube::Error> {
+    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &job.namespace().unwrap_or_default());
+    match maps.get_opt(name).await? {
+        Some(there) if is_ours(job, &there) => {
             let full = object(job, name, Some(data), there.resource_version());
             write(maps.replace(name, &post(), &full).await, name)
         }
@@ -216,15 +234,23 @@ fn object(
                 "gemini-batch-operator".to_owned(),
             )])),
             owner_references: owners(job),
-            annotations: Some(BTreeMap::from([
-                (JOB_UID_ANNOTATION.to_owned(), job.uid().unwrap_or_default()),
-                (JOB_NAME_ANNOTATION.to_owned(), job.name_any()),
-            ])),
+            annotations: Some(annotations(job)),
             ..ObjectMeta::default()
         },
         data,
         ..ConfigMap::default()
     }
+}
+
+fn annotations(job: &GeminiBatchJob) -> BTreeMap<String, String> {
+    let mut all = BTreeMap::from([
+        (JOB_UID_ANNOTATION.to_owned(), job.uid().unwrap_or_default()),
+        (JOB_NAME_ANNOTATION.to_owned(), job.name_any()),
+    ]);
+    if let Some(parent) = super::shards::parent_of(&job.metadata) {
+        all.insert(PARENT_UID_ANNOTATION.to_owned(), parent.uid.clone());
+    }
+    all
 }
 
 /// With the job's own life, if its user wants that.

@@ -481,6 +481,7 @@ impl Ledger {
 /// Whether a pass over the job may end in a send, as far as the watch tells.
 fn may_ask(job: &GeminiBatchJob) -> bool {
     job.metadata.deletion_timestamp.is_none()
+        && job.spec.sharding.is_none() // its shards ask
         && !decide::is_finished(job)
         && decide::current_attempt(job).is_none_or(|a| a.refusal.is_some() || a.outcome.is_some())
 }

@@ -13,6 +13,7 @@ use serde_json::json;
 
 use super::decide::{Change, Results};
 use super::ending::{self, End};
+use super::shards::seen::Seen;
 use super::{InputFacts, Problem};
 use crate::api::conditions::{
     self, COMPLETE, FAILED, FINISHED, READY, RECONCILING, STALLED, SUBMITTED, SUSPENDED, VALIDATED,
@@ -198,6 +199,18 @@ pub fn compose(
         }
         Change::Suspended => suspended(&mut s, generation, now),
         Change::Validated { input } => validated(&mut s, input.as_ref(), generation, now),
+        Change::Planned { requests, shards } => {
+            s.dry_run = None;
+            s.conditions.retain(|c| c.type_ != VALIDATED);
+            s.start_time = Some(Time(now));
+            s.requests =
+                Some(RequestCounts { total: *requests, pending: *requests, ..RequestCounts::default() });
+            let message = format!("{requests} requests are split into {} shards", shards.total);
+            s.shards = Some(shards.clone());
+            s.state = State::Pending;
+            progress(&mut s, spec, Reason::Submitting, &message, generation, now);
+        }
+        Change::Sharded(seen) => sharded(&mut s, spec, seen, generation, now),
         Change::Cancelling { reason } => {
             if let Some(a) = current(&mut s) {
                 a.cancellation =
@@ -241,6 +254,33 @@ fn current(s: &mut GeminiBatchJobStatus) -> Option<&mut Attempt> {
     s.attempts.iter_mut().max_by_key(|a| a.number)
 }
 
+/// What a sharded job says of its parts.
+fn sharded(
+    s: &mut GeminiBatchJobStatus,
+    spec: &GeminiBatchJobSpec,
+    seen: &Seen,
+    generation: i64,
+    now: Timestamp,
+) {
+    s.shards = Some(Box::new(seen.shards.clone()));
+    s.requests = Some(seen.requests);
+    s.usage = seen.usage.or(s.usage);
+    if seen.submitted && !conditions::is_true(&s.conditions, SUBMITTED) {
+        let message = "Gemini has the batches of the first shards";
+        conditions::set(&mut s.conditions, SUBMITTED, true, Reason::Submitted, message, generation, now);
+    }
+    if seen.state == State::Suspended {
+        return suspended(s, generation, now);
+    }
+    s.start_time.get_or_insert(Time(now)); // resumed
+    s.state = seen.state;
+    let Problem { reason, message } = &seen.problem;
+    progress(s, spec, *reason, message, generation, now);
+    if seen.stalled {
+        stall(s, &seen.problem, generation, now);
+    }
+}
+
 /// The operator is at work and nobody has to do anything.
 fn progress(
     s: &mut GeminiBatchJobStatus,
@@ -250,7 +290,10 @@ fn progress(
     generation: i64,
     now: Timestamp,
 ) {
-    let submitted = current(s).is_some_and(|a| a.batch_name.is_some() && a.outcome.is_none());
+    let submitted = match &s.shards {
+        Some(_) => conditions::is_true(&s.conditions, SUBMITTED),
+        None => current(s).is_some_and(|a| a.batch_name.is_some() && a.outcome.is_none()),
+    };
     let ready = submitted && spec.readiness_policy == ReadinessPolicy::WhenSubmitted;
     conditions::clear(&mut s.conditions, STALLED, reason, generation, now);
     conditions::clear(&mut s.conditions, SUSPENDED, reason, generation, now);
@@ -411,11 +454,15 @@ fn waiting(
         );
     }
     if stalled {
-        conditions::set(&mut s.conditions, READY, false, problem.reason, &problem.message, generation, now);
-        // Not both: kstatus reports whichever of the two stands first.
-        conditions::clear(&mut s.conditions, RECONCILING, problem.reason, generation, now);
-        conditions::set(&mut s.conditions, STALLED, true, problem.reason, &problem.message, generation, now);
+        stall(s, problem, generation, now);
     }
+}
+
+fn stall(s: &mut GeminiBatchJobStatus, problem: &Problem, generation: i64, now: Timestamp) {
+    conditions::set(&mut s.conditions, READY, false, problem.reason, &problem.message, generation, now);
+    // Not both: kstatus reports whichever of the two stands first.
+    conditions::clear(&mut s.conditions, RECONCILING, problem.reason, generation, now);
+    conditions::set(&mut s.conditions, STALLED, true, problem.reason, &problem.message, generation, now);
 }
 
 fn finished(s: &mut GeminiBatchJobStatus, end: &End, generation: i64, now: Timestamp) {
@@ -519,6 +566,14 @@ pub fn event(change: &Change) -> Option<(Reason, String, bool)> {
         Change::Finished(end) => Some((end.reason, end.message.clone(), end.state == State::Succeeded)),
         Change::Waiting { problem, stalled: true, .. } | Change::Contradicted { problem, .. } => {
             Some((problem.reason, problem.message.clone(), false))
+        }
+        Change::Planned { requests, shards } => {
+            let message = format!("{requests} requests are split into {} shards", shards.total);
+            Some((Reason::Submitting, message, true))
+        }
+        // Of what stands in a child's way that child tells.
+        Change::Sharded(seen) if seen.stalled && seen.own => {
+            Some((seen.problem.reason, seen.problem.message.clone(), false))
         }
         Change::Refused(refused) => {
             let problem = ending::refusal_problem(&refused.refusal);

@@ -35,6 +35,7 @@ use super::observe;
 use super::policy::Policy;
 use super::quota::{self, Asker, Held, Ledger};
 use super::schema_check::{self, SchemaCheck};
+use super::shards::{self, family::Family};
 use super::transfers::Transfers;
 use super::watched::Watched;
 use super::webhooks::Webhooks;
@@ -102,6 +103,8 @@ pub struct Context {
     pub schema: SchemaCheck,
     /// Which batches Gemini refuses a webhook for.
     pub webhooks: Webhooks,
+    /// What the watch shows of the jobs of parts, for the sharded ones.
+    pub family: Family,
     /// Whether all jobs have been listed in this turn of leadership.
     listed: AtomicBool,
     /// Whether the turn is to end: what is in hand takes no further step.
@@ -168,6 +171,7 @@ impl Context {
             scratch,
             schema: SchemaCheck::default(),
             webhooks: Webhooks::default(),
+            family: Family::default(),
             listed: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             ledger: Mutex::new(Ledger::new(usize::from(max_active))),
@@ -285,6 +289,7 @@ pub async fn run(ctx: Arc<Context>, ring: super::ring::Place, stop: Cancellation
     aside.spawn(super::doorman::run(Arc::clone(&ctx), poke.clone(), turn.clone()));
     aside.spawn(schema_check::keep_current(Arc::clone(&ctx), store.clone(), poke.clone(), turn.clone()));
     ctx.transfers.begin(poke.clone());
+    ctx.family.begin(store.clone(), poke.clone());
     aside.spawn(super::sweep::run(Arc::clone(&ctx), store.clone(), poke, turn.clone()));
     aside.spawn(super::ring::keep_current(Arc::clone(&ctx), ring, store.clone(), turn.clone()));
     let listed = store.clone();
@@ -337,6 +342,7 @@ pub async fn run(ctx: Arc<Context>, ring: super::ring::Place, stop: Cancellation
     }
     turn.cancel();
     ctx.transfers.end();
+    ctx.family.end();
     while let Some(end) = aside.join_next().await {
         if end.is_err_and(|e| e.is_panic()) {
             tracing::error!("a task of the controller ended by a panic, which is a defect");
@@ -407,7 +413,13 @@ fn visible(
                         ctx.census.restart(ctx.leadership.is_first(), readable.clone());
                         ctx.ledger().restart(readable);
                     } else {
-                        ctx.ledger().relisted(readable);
+                        ctx.ledger().relisted(readable.clone());
+                        // Which of their children are gone was not shown.
+                        let sharded = readable.filter(|job| job.spec.sharding.is_some());
+                        sharded.filter_map(|job| job.metadata.uid.as_ref()).for_each(|uid| ctx.unsettle(uid));
+                    }
+                    for job in &listed {
+                        ctx.family.shows(job, false, |parent| ctx.unsettle(parent));
                     }
                     std::mem::take(&mut listed)
                 }
@@ -415,12 +427,14 @@ fn visible(
                     if let Ok(job) = &job.0 {
                         ctx.ledger().seen(job);
                     }
+                    ctx.family.shows(&job, false, |parent| ctx.unsettle(parent));
                     vec![job]
                 }
                 watcher::Event::Delete(job) => {
                     if let Some(uid) = &job.meta().uid {
                         forget(&ctx, uid);
                     }
+                    ctx.family.shows(&job, true, |parent| ctx.unsettle(parent));
                     vec![job]
                 }
             };
@@ -689,6 +703,7 @@ async fn drive(
     let mut input = None;
     let mut read_for = job.metadata.generation;
     memory.transfer = None;
+    memory.shards.begin_pass();
     if !wants_transfers(&job) {
         ctx.transfers.stop(uid);
     }
@@ -710,7 +725,12 @@ async fn drive(
         }
         if input.is_none() && decide::needs_input(&job, memory) {
             input = read_input(ctx, &job, key.as_ref(), memory).await?;
+            if let Some(plan) = input.as_ref().and_then(|i| i.as_ref().ok()).and_then(Carried::plan) {
+                memory.shards.plan = Some(Arc::clone(plan));
+                memory.shards.plan_generation = job.metadata.generation;
+            }
         }
+        shards::act::observe(ctx, &job, memory).await?;
         let fresh_send_id = identity::new_send_id();
         let now = ctx.clock.now();
         let over = matches!(&memory.remote, Some(Remote::Seen(batch)) if batch.is_terminal());
@@ -766,7 +786,7 @@ async fn drive(
         // is sent, though: else the next one could not tell whether it was.
         let begins = match &decision {
             Decision::Act(action) => !matches!(action, decide::Action::CreateBatch { .. }),
-            Decision::Record(change) => matches!(**change, Change::Intent(_)),
+            Decision::Record(change) => matches!(**change, Change::Intent(_) | Change::Planned { .. }),
             _ => false,
         };
         if begins && ctx.stopping.load(Ordering::Relaxed) {
@@ -1055,6 +1075,8 @@ fn remember(ctx: &Context, change: &Change, ring: &KeyRing, uid: &str, memory: &
             *memory = Memory::default();
         }
         Change::AddFinalizer
+        | Change::Planned { .. }
+        | Change::Sharded(_)
         | Change::Imported { .. }
         | Change::Suspended
         | Change::Validated { .. }
@@ -1076,6 +1098,9 @@ fn count_end(ctx: &Context, change: &Change, before: &GeminiBatchJob, memory: &M
         metrics.finished.get_or_create(&ByReason { reason: end.reason.as_str() }).inc();
         if let Some(created) = &before.metadata.creation_timestamp {
             metrics.duration.observe(ctx.clock.now().duration_since(created.0).as_secs_f64().max(0.0));
+        }
+        if before.spec.sharding.is_some() {
+            return; // its shards were counted
         }
         if let Some(usage) = &end.results.usage {
             metrics.count_tokens(&before.spec.model, usage);

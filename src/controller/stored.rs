@@ -6,6 +6,7 @@
 //! for, whatever happens to the objects meanwhile.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
@@ -20,6 +21,10 @@ use super::identity::hex;
 use super::keys::{Hasher, Sorter};
 use super::memory::{KnownProblem, Memory, Stored, after};
 use super::run::Context;
+use super::shards::{
+    self,
+    plan::{self, Limits},
+};
 use super::transfers::{Owner, Waited};
 use super::{Credential, InputFacts, Problem, act, decide, earlier, input, request};
 use crate::api::{GeminiBatchJob, LocalRef, Method, ObjectStoreInput, Reason};
@@ -155,6 +160,7 @@ struct Source {
     of: ObjectStoreInput,
     method: Method,
     max_bytes: u64,
+    split: Option<Limits>,
 }
 
 impl Source {
@@ -166,7 +172,31 @@ impl Source {
             of: of.clone(),
             method: job.spec.method,
             max_bytes: ctx.max_input_bytes,
+            split: shards::limits(job, ctx.max_input_bytes),
         }
+    }
+
+    /// What is too large for one batch may be read all the same: in parts, or one part of it.
+    fn max_whole_bytes(&self) -> u64 {
+        if self.split.is_some() || self.of.range.is_some() { u64::MAX } else { self.max_bytes }
+    }
+
+    /// From where to where it is read, in bytes over all objects.
+    fn range(&self) -> Option<Range<u64>> {
+        let range = self.of.range.as_ref()?;
+        let start = u64::try_from(range.offset).unwrap_or_default();
+        Some(start..start.saturating_add(u64::try_from(range.length).unwrap_or_default()))
+    }
+
+    fn lines<'a>(&self, store: &'a Store, objects: &'a [Object]) -> LineReader<'a> {
+        LineReader { range: self.range(), ..LineReader::new(store, objects) }
+    }
+
+    /// What is wrong with a part is that it is not what it has to be.
+    fn differs(&self, seen: &[Object]) -> Option<Failure> {
+        let range = self.of.range.as_ref()?;
+        let problem = plan::differs(shown(&self.of), range);
+        Some(Failure::Problem { problem, seen: seen.to_vec() })
     }
 
     fn location(&self) -> Result<Location, store::Error> {
@@ -209,7 +239,7 @@ impl Source {
             )));
         }
         let bytes: u64 = found.iter().map(|object| object.size).sum();
-        if bytes > self.max_bytes {
+        if bytes > self.max_whole_bytes() {
             return Err(Failure::Problem { problem: self.too_large(bytes), seen: found });
         }
         Ok(found)
@@ -237,6 +267,10 @@ struct Line<'a> {
     text: &'a str,
     /// Counted over all objects, blank ones included, from 0.
     number: u64,
+    /// Where it begins, in bytes over all objects.
+    start: u64,
+    /// Where the next one begins.
+    end: u64,
 }
 
 /// Reads objects line by line, one after the other.
@@ -249,11 +283,28 @@ struct LineReader<'a> {
     number: u64,
     /// The number of the first line of each object that was begun.
     starts: Vec<u64>,
+    /// Where the next line begins, in bytes over all objects.
+    position: u64,
+    /// Where the object at hand ends, in bytes over all objects.
+    object_end: u64,
+    /// Only these bytes are read, over all objects.
+    range: Option<Range<u64>>,
 }
 
 impl<'a> LineReader<'a> {
     fn new(store: &'a Store, objects: &'a [Object]) -> Self {
-        Self { store, objects, next: 0, reader: None, partial: Vec::new(), number: 0, starts: Vec::new() }
+        Self {
+            store,
+            objects,
+            next: 0,
+            reader: None,
+            partial: Vec::new(),
+            number: 0,
+            starts: Vec::new(),
+            position: 0,
+            object_end: 0,
+            range: None,
+        }
     }
 
     /// Where a line stands, for messages.
@@ -278,7 +329,15 @@ impl<'a> LineReader<'a> {
             let Some(object) = self.objects.get(self.next) else { return Ok(false) };
             self.next += 1;
             self.starts.push(self.number);
-            self.reader.insert(self.store.read(object))
+            let begin = self.object_end;
+            self.object_end += object.size;
+            let range = self.range.clone().unwrap_or(0..u64::MAX);
+            if range.start >= self.object_end && object.size > 0 || range.end <= begin {
+                return Ok(true);
+            }
+            let from = range.start.saturating_sub(begin);
+            self.position = begin + from;
+            self.reader.insert(self.store.read_part(object, from, range.end - begin))
         };
         if let Some(bytes) = reader.next().await? {
             self.feed(&bytes, &mut each)?;
@@ -325,6 +384,10 @@ impl<'a> LineReader<'a> {
     ) -> Result<(), Failure> {
         let number = self.number;
         self.number += 1;
+        let start = self.position;
+        // The last line of an object need not have a line break.
+        let end = (start + line.len() as u64 + 1).min(self.object_end);
+        self.position = end;
         if self.starts.last() == Some(&number) {
             if line.starts_with(&[0x1f, 0x8b]) || line.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
                 return Err(
@@ -340,7 +403,7 @@ impl<'a> LineReader<'a> {
         if text.is_empty() {
             return Ok(());
         }
-        each(Line { text, number }).map_err(|what| self.invalid(number, &what))
+        each(Line { text, number, start, end }).map_err(|what| self.invalid(number, &what))
     }
 }
 
@@ -414,29 +477,34 @@ async fn read(
     let hasher = Hasher::default();
     let mut sorter = Sorter::new(&hasher, std::env::temp_dir());
     let mut whole = Tally::default();
-    let mut lines = LineReader::new(&store, &objects);
     let method = source.method;
+    let mut cutter = source.split.clone().map(plan::Cutter::new);
+    let mut lines = source.lines(&store, &objects);
     let check = |line: &Line<'_>| {
         input::check_line(line.text, method).map_err(|what| {
             let example = request::example(method);
             format!("{what}. Each line must be a JSON object like {{\"key\": \"…\", \"request\": {example}}}")
         })
     };
-    while lines
-        .step(|line| {
+    loop {
+        let step = lines.step(|line| {
             sorter.push(&check(&line)?, line.number);
             whole.add(line.text);
-            Ok(())
-        })
-        .await?
-    {
+            cutter.as_mut().map_or(Ok(()), |cutter| cutter.push(line.text, line.start, line.end))
+        });
+        match step.await {
+            Ok(true) => {}
+            Ok(false) => break,
+            Err(e @ Failure::Problem { .. }) => return Err(source.differs(&objects).unwrap_or(e)),
+            Err(e) => return Err(e),
+        }
         sorter = spilled(sorter).await?;
         // A byte for each object's last newline may have come on top.
-        if whole.bytes > source.max_bytes {
+        if whole.bytes > source.max_whole_bytes() {
             return Err(Failure::Problem { problem: source.too_large(whole.bytes), seen: objects.clone() });
         }
     }
-    if whole.count == 0 {
+    if whole.count == 0 && source.of.range.is_none() {
         let problem = Problem::new(
             Reason::InputInvalid,
             format!("{} holds no requests: add at least one line", shown(&source.of)),
@@ -462,13 +530,20 @@ async fn read(
         return Err(Failure::Problem { problem, seen: objects.clone() });
     }
     let facts = whole.facts(None);
+    if source.of.range.as_ref().is_some_and(|range| range.sha256 != facts.sha256) {
+        return Err(source.differs(&objects).unwrap_or(Failure::Changed));
+    }
+    let plan = match cutter.map(|cutter| cutter.finish(shown(&source.of))).transpose() {
+        Ok(plan) => plan.map(Arc::new),
+        Err(problem) => return Err(Failure::Problem { problem, seen: objects }),
+    };
     if answered.is_empty() {
-        return Ok(Stored { facts, of: source.of, method, objects, answered: None });
+        return Ok(Stored { facts, of: source.of, method, objects, answered: None, plan });
     }
     // What is left has a hash of its own, which has to be known before it is intended to be sent.
     let mut left = Tally::default();
     let mut whole = Tally::default();
-    let mut lines = LineReader::new(&store, &objects);
+    let mut lines = source.lines(&store, &objects);
     while lines
         .step(|line| {
             whole.add(line.text);
@@ -483,7 +558,7 @@ async fn read(
         return Err(Failure::Changed);
     }
     let facts = left.facts(Some(&facts.sha256));
-    Ok(Stored { facts, of: source.of, method, objects, answered: Some(answered) })
+    Ok(Stored { facts, of: source.of, method, objects, answered: Some(answered), plan })
 }
 
 /// What the job carries next, if it is known by now; `None`: that is being found out, or will be tried again.
@@ -700,7 +775,7 @@ async fn send(
     };
     // Of three chunks one is filled, one waits and one is on its way.
     let (chunks, mut ready) = mpsc::channel::<Bytes>(1);
-    let reading = fill(&store, stored, begin, chunks);
+    let reading = fill(source.lines(&store, &stored.objects), stored, begin, chunks);
     let sending = async {
         let mut offset = begin;
         while let Some(chunk) = ready.recv().await {
@@ -727,14 +802,13 @@ enum Side {
 
 /// Gives whole chunks away, from that byte of the upload on, and returns the last one if all was as it had been checked.
 async fn fill(
-    store: &Store,
+    mut lines: LineReader<'_>,
     stored: &Stored,
     begin: u64,
     chunks: mpsc::Sender<Bytes>,
 ) -> Result<Bytes, Failure> {
     let mut tally = Tally::default();
     let mut cutter = Cutter { skip: begin, open: BytesMut::new(), full: VecDeque::new() };
-    let mut lines = LineReader::new(store, &stored.objects);
     while lines
         .step(|line| {
             if stored.answered.as_ref().is_some_and(|lines| lines.contains(line.number)) {
@@ -800,7 +874,7 @@ pub async fn keys(
     let store = source.open().await?;
     let objects = source.objects(&store).await?;
     let mut tally = Tally::default();
-    let mut lines = LineReader::new(&store, &objects);
+    let mut lines = source.lines(&store, &objects);
     let mut going_on = true;
     while going_on
         && lines
@@ -825,6 +899,68 @@ pub fn worth_waiting(reason: Reason, ended: Option<Timestamp>, ctx: &Context) ->
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    /// The lines of a range, as they are sent.
+    async fn read_range(store: &Store, objects: &[Object], range: Option<Range<u64>>) -> Vec<String> {
+        let mut lines = LineReader { range, ..LineReader::new(store, objects) };
+        let mut all = Vec::new();
+        while lines
+            .step(|line| {
+                all.push(line.text.to_owned());
+                Ok(())
+            })
+            .await
+            .unwrap()
+        {}
+        all
+    }
+
+    #[tokio::test]
+    async fn each_part_of_several_objects_is_read_by_itself() {
+        let directory = tempfile::tempdir().unwrap();
+        // No line break at an end, a blank line, another sort of break, and a part that ends within an object.
+        for (name, content) in
+            [("a", "one\ntwo\n\nthree"), ("b", "\nfour\r\n"), ("c", "  five \nsix\nseven\n")]
+        {
+            std::fs::write(directory.path().join(name), content).unwrap();
+        }
+        let mapped = [("m".to_owned(), directory.path().to_owned())].into();
+        let stores = Stores::new(store::Settings { mapped, ..store::Settings::default() }).unwrap();
+        let at = Location::prefix("file://m/", FIELD).unwrap();
+        let access = Access {
+            purpose: Purpose::Read,
+            namespace: "ns",
+            field: FIELD,
+            endpoint: None,
+            region: None,
+            secret: None,
+        };
+        let store = stores.open(&at, &access).unwrap();
+        let objects = store.list(&at.path, 10).await.unwrap();
+        let whole = read_range(&store, &objects, None).await;
+        assert_eq!(whole, ["one", "two", "three", "four", "five", "six", "seven"]);
+        for most in 1..=7 {
+            let limits = Limits { max_requests: Some(most), max_bytes: 1 << 20, expected: None };
+            let mut cutter = plan::Cutter::new(limits);
+            let mut lines = LineReader::new(&store, &objects);
+            while lines.step(|line| cutter.push(line.text, line.start, line.end)).await.unwrap() {}
+            let plan = cutter.finish("x").unwrap();
+            let mut all = Vec::new();
+            for part in &plan.parts {
+                let start = u64::try_from(part.offset).unwrap();
+                let range = start..start + u64::try_from(part.length).unwrap();
+                let read = read_range(&store, &objects, Some(range)).await;
+                assert_eq!(read.len(), usize::try_from(part.requests).unwrap(), "{plan:?}");
+                let mut tally = Tally::default();
+                for line in &read {
+                    tally.add(line);
+                }
+                assert_eq!(tally.facts(None).sha256, part.sha256);
+                all.extend(read);
+            }
+            assert_eq!(all, whole, "{most}");
+        }
+    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(16))]

@@ -19,6 +19,7 @@ pub struct Reader<'a> {
     store: &'a Store,
     object: &'a Object,
     at: u64,
+    end: u64,
     stream: Option<ByteStream>,
     version: Option<String>,
     breaks: u32,
@@ -28,20 +29,36 @@ impl Store {
     /// Reads the object to its end.
     #[must_use]
     pub fn read<'a>(&'a self, object: &'a Object) -> Reader<'a> {
-        Reader { store: self, object, at: 0, stream: None, version: None, breaks: 0 }
+        self.read_part(object, 0, object.size)
+    }
+
+    /// Reads the object from byte `from` to byte `to`, which is not read any more.
+    #[must_use]
+    pub fn read_part<'a>(&'a self, object: &'a Object, from: u64, to: u64) -> Reader<'a> {
+        Reader {
+            store: self,
+            object,
+            at: from,
+            end: to.min(object.size),
+            stream: None,
+            version: None,
+            breaks: 0,
+        }
     }
 }
 
 impl Reader<'_> {
     /// The next bytes; `None` at the end.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Error> {
-        while self.at < self.object.size {
+        while self.at < self.end {
             match self.step().await {
-                Ok(bytes) => {
+                Ok(mut bytes) => {
                     self.at += bytes.len() as u64;
                     if self.at > self.object.size {
                         return Err(self.store.changed(&self.object.path));
                     }
+                    let beyond = usize::try_from(self.at.saturating_sub(self.end)).unwrap_or(usize::MAX);
+                    bytes.truncate(bytes.len().saturating_sub(beyond));
                     if !bytes.is_empty() {
                         self.breaks = 0;
                         return Ok(Some(bytes));

@@ -16,7 +16,10 @@ async fn wait_get_and_describe_say_what_a_user_expects() {
 
     let wide = kubectl(&env, &["get", "gbj", "-o", "wide"]).unwrap();
     let words: Vec<Vec<&str>> = wide.lines().map(|l| l.split_whitespace().collect()).collect();
-    assert_eq!(words[0], ["NAME", "STATE", "MODEL", "SUCCEEDED", "FAILED", "AGE", "BATCH", "REASON"]);
+    assert_eq!(
+        words[0],
+        ["NAME", "STATE", "MODEL", "SUCCEEDED", "FAILED", "AGE", "BATCH", "REASON", "SHARDS"]
+    );
     assert_eq!(words[1][..5], ["job", "Succeeded", "gemini-2.5-flash", "1", "1"], "{wide}");
     assert_eq!(words[1][6], env.sim.batches()[0].name);
     assert_eq!(words[1][7], "CompletedWithFailures");

@@ -294,6 +294,16 @@ async fn works(env: &Env, values: &[&str], without: &[&str]) {
     assert_eq!(env.count(Op::BatchCancel), 1);
     assert!(env.config_maps().get_opt("unused").await.unwrap().is_none());
 
+    // A job of several shards.
+    let two = [line("a", "one"), line("b", "two")].join("\n");
+    env.config_map("two", &json!({"requests.jsonl": two})).await;
+    let input = json!({"configMap": {"name": "two", "key": "requests.jsonl"}});
+    let mut sharded = with_input(input, Some("both"));
+    sharded["sharding"] = json!({"maxRequests": 1});
+    env.create("sharded", sharded).await;
+    assert_eq!(state(&env.cleaned("sharded").await), "Succeeded");
+    env.gone("sharded-0001").await;
+
     // A job that deletes itself.
     let mut brief = spec(&["one"], Some("kept"));
     brief["ttlSecondsAfterFinished"] = json!(0);

@@ -4,7 +4,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::{
     Action, Change, Decision, Observed, Wake, contradicted, current_attempt, has_finalizer, is_finished,
-    lifecycle, record, stage_of, waiting,
+    lifecycle, record, sharded, stage_of, waiting,
 };
 use crate::api::{Attempt, Callback, DeletionPolicy, GeminiBatchJob, Reason};
 use crate::controller::destination::Destination;
@@ -52,6 +52,9 @@ fn contradiction(o: &Observed<'_>, a: &Attempt, callback: &Callback, now: Timest
 /// What a finished job left behind. None of it holds the job for long, and nothing is said: the status of
 /// a finished job does not change any more. A file that can't be deleted expires by itself.
 fn leftovers(o: &Observed<'_>, now: Timestamp) -> Decision {
+    if let Some(decision) = sharded::leftovers(o, now) {
+        return decision;
+    }
     // A job that Gemini refused for good gives its reservation back here: the refusal is recorded first.
     let empty = |at: &Destination| !output_filled(o.job, at) && !o.memory.cleanup.output_released;
     if let Some(name) = Destination::of(o.job).filter(empty) {
@@ -96,7 +99,7 @@ pub(super) fn output_filled(job: &GeminiBatchJob, at: &Destination) -> bool {
 }
 
 /// When a deletion does not wait any longer.
-fn deletion_deadline(job: &GeminiBatchJob, since: Timestamp) -> Timestamp {
+pub(super) fn deletion_deadline(job: &GeminiBatchJob, since: Timestamp) -> Timestamp {
     after(since, SignedDuration::from_secs(job.spec.deletion_timeout_seconds))
 }
 
@@ -107,6 +110,9 @@ pub(super) fn deleting(o: &Observed<'_>, now: Timestamp) -> Decision {
     }
     if is_finished(o.job) {
         return leftovers(o, now);
+    }
+    if let Some(decision) = sharded::deleting(o, now) {
+        return decision;
     }
     let since = o.job.metadata.deletion_timestamp.as_ref().map_or(now, |t| t.0);
     let deadline = deletion_deadline(o.job, since);

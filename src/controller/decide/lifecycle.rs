@@ -101,6 +101,9 @@ pub(super) fn next_attempt(o: &Observed<'_>, a: &Attempt, now: Timestamp) -> Dec
     {
         return stop(Reason::InputChanged);
     }
+    if matches!(&o.input, Some(Err(problem)) if problem.reason == Reason::InputDiffers) {
+        return stop(Reason::InputChanged);
+    }
     if matches!(&o.input, Some(Ok(input)) if input.count == 0) {
         return record(Change::Finished(Box::new(ending::nothing_missing(o.job))));
     }

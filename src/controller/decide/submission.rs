@@ -6,7 +6,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 
 use super::{
     Action, Change, Decision, Gate, Observed, Wake, generation_of, hinted_batch, lifecycle, number_after,
-    record, stage_of, stalled, waiting,
+    record, sharded, stage_of, stalled, waiting,
 };
 use crate::api::{Attempt, GeminiBatchJob, RESEND_ANNOTATION, Reason, Refusal, RefusedCall};
 use crate::controller::destination::Destination;
@@ -26,6 +26,12 @@ pub(super) fn before_submission(o: &Observed<'_>, now: Timestamp) -> Decision {
     }
     if o.job.spec.dry_run {
         return dry_run(o, now).unwrap_or_else(|decision| *decision);
+    }
+    if o.job.spec.sharding.is_some() {
+        return match ready(o, now) {
+            Ok((_, input)) => sharded::plan(o, input, now),
+            Err(decision) => *decision,
+        };
     }
     match ready_to_send(o, now) {
         Ok((fingerprint, input)) => intend(o, None, false, fingerprint, input, now),

@@ -273,6 +273,10 @@ impl Case {
         self.with(|c| c.input = Err(Problem::new(Reason::InputInvalid, "line 7")))
     }
 
+    fn differs(self) -> Self {
+        self.with(|c| c.input = Err(Problem::new(Reason::InputDiffers, "not that part")))
+    }
+
     fn other_input(self) -> Self {
         self.with(|c| {
             c.input = Ok(InputFacts {
@@ -1327,6 +1331,7 @@ fn further_attempts_are_as_many_as_were_asked_for() {
         "not if the limit was lowered meanwhile": over_once().backoff(0) => "Finished Failed BatchFailed";
         "nothing is missing after all": over_once().with(|c| c.input = Ok(InputFacts { sha256: "none".into(), whole_sha256: SHA.into(), count: 0, bytes: 9 })) => "Finished Failed AllRequestsFailed";
         "the input moved": over_once().other_input() => "Finished Failed InputChanged";
+        "the part of the input is another one": over_once().differs() => "Finished Failed InputChanged";
         "the input can't be read": over_once().no_input() => "Wait InputInvalid! recheck";
         "what there was can't be read": over_once().with(|c| c.input = Err(Problem::new(Reason::GeminiUnavailable, "it fails"))) => "Wait GeminiUnavailable recheck";
         "as many as fit": over_once().attempt(|a| a.number = 10) => "Finished Failed AttemptsExhausted";

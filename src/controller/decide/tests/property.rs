@@ -783,6 +783,7 @@ impl World {
                 assert!(is_finished(&self.case.job));
                 self.case.memory.cleanup.job_deleted = true;
             }
+            Action::Shards(action) => panic!("not a sharded job: {action:?}"),
         }
     }
 
