@@ -138,6 +138,15 @@ bench-receiver: ## Measure the receiver beside bare axum on two cores; fails if 
 	@$(CARGO) build --release --locked --workspace
 	"$(TARGET_DIR)/release/gemini-batch-bench" receiver
 
+.PHONY: bench-io
+bench-io: toolchain control-plane ## Measure a job of 1 GB from and to a local S3 server beside a plain copy; fails if a hard limit does not hold
+	@$(CARGO) build --release --locked --workspace
+	devcluster="$$(hack/devcluster/ensure.sh)"
+	store="$$(hack/go-tool.sh versitygw)"
+	release="$(TARGET_DIR)/release"
+	"$$release/gemini-batch-bench" io --devcluster "$$devcluster" --operator "$$release/gemini-batch-operator" \
+	  --simulator "$$release/gemini-simulator" --store "$$store" $(BENCH_ARGS)
+
 .PHONY: chaos
 chaos: toolchain control-plane ## Kill the operator 1,000 times at every step, with everything else failing (KILLS, SEED)
 	@$(build-chaos)

@@ -6,7 +6,6 @@
 
 mod count;
 mod jobs;
-mod parts;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -25,9 +24,10 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use self::count::{Audit, Kubernetes, OfJob};
 use self::jobs::{Kind, Raw, There, Watch};
-use self::parts::{Clock, ControlPlane, Operator, Simulator};
 use crate::machine::{self, Usage};
 use crate::numbers::{float, median, mib, percentile};
+use crate::parts::{Clock, ControlPlane, Operator, Simulator};
+use crate::table::Table;
 use crate::say;
 
 /// What the run needs, and how large it is.
@@ -112,41 +112,6 @@ pub fn measure(args: &Args) -> anyhow::Result<Vec<String>> {
     })
 }
 
-/// What is in the table at the end.
-#[derive(Default)]
-struct Table {
-    rows: Vec<[String; 4]>,
-    broken: Vec<String>,
-}
-
-impl Table {
-    /// A hard limit.
-    fn hard(&mut self, what: &str, goal: &str, measured: String, holds: bool) {
-        if !holds {
-            self.broken.push(format!("{what} {goal}: {measured}"));
-        }
-        let verdict = if holds { "met" } else { "NOT MET" };
-        self.rows.push([what.to_owned(), goal.to_owned(), measured, verdict.to_owned()]);
-    }
-
-    /// A goal that depends on the machine: missing it is told, and fails nothing.
-    fn timed(&mut self, what: &str, goal: &str, measured: String, holds: bool) {
-        let verdict = if holds { "met" } else { "MISSED" };
-        self.rows.push([what.to_owned(), goal.to_owned(), measured, verdict.to_owned()]);
-    }
-
-    fn print(&self) {
-        let head = ["what", "goal", "measured", ""].map(str::to_owned);
-        let all: Vec<_> = std::iter::once(&head).chain(&self.rows).collect();
-        let width =
-            |column: usize| all.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
-        let [a, b, c, _] = [width(0), width(1), width(2), 0];
-        for [what, goal, measured, verdict] in all {
-            say(format!("{what:<a$}  {goal:<b$}  {measured:<c$}  {verdict}").trim_end());
-        }
-    }
-}
-
 /// Everything that is measured with.
 struct Bench<'a> {
     args: &'a Args,
@@ -170,7 +135,7 @@ async fn run(args: &Args, logs: &Path) -> anyhow::Result<Vec<String>> {
     let name = crd().name_any();
     crds.patch(&name, &PatchParams::apply("bench").force(), &Patch::Apply(&crd())).await?;
     await_condition(crds, &name, is_crd_established()).await?;
-    let simulator = Simulator::start(args, SECONDS, None, logs).await?;
+    let simulator = Simulator::start(&args.simulator, SECONDS, None, logs).await?;
     let audit = Audit::from_now(control_plane.audit_log())?;
     let table = Table::default();
     let mut bench = Bench { args, logs, client, control_plane, simulator, audit, seen: 0, table };
@@ -198,7 +163,7 @@ async fn run(args: &Args, logs: &Path) -> anyhow::Result<Vec<String>> {
 
 impl Bench<'_> {
     async fn operator(&self) -> anyhow::Result<Operator> {
-        Operator::start(self.args, &self.control_plane, &self.simulator, None, self.logs).await
+        Operator::start(&self.args.operator, &self.control_plane, &self.simulator, None, &[], self.logs).await
     }
 
     /// One job, from which the status of those is taken that have finished already.
@@ -472,9 +437,9 @@ impl Bench<'_> {
         let namespace = "hour";
         jobs::namespace(&self.client, namespace, HOUR_JOBS).await?;
         let clock = Clock { origin_ms: Timestamp::now().as_millisecond(), factor: HOUR_FACTOR };
-        let simulator = Simulator::start(self.args, 3600, Some(clock), self.logs).await?;
+        let simulator = Simulator::start(&self.args.simulator, 3600, Some(clock), self.logs).await?;
         let own = Some((namespace, clock));
-        let operator = Operator::start(self.args, &self.control_plane, &simulator, own, self.logs).await?;
+        let operator = Operator::start(&self.args.operator, &self.control_plane, &simulator, own, &[], self.logs).await?;
         let watch = Watch::start(&self.client, namespace, "Succeeded");
         jobs::create(&self.client, namespace, HOUR_JOBS, Kind::Runs, true).await?;
         watch.all(HOUR_JOBS).await?;

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use serde::Deserialize;
 
-use super::parts::Simulator;
 use crate::numbers::float;
+use crate::parts::Simulator;
 
 /// A line of the audit log, as far as it is counted.
 #[derive(Deserialize)]

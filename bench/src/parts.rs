@@ -11,7 +11,6 @@ use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, Command};
 
-use super::Args;
 use crate::machine::Usage;
 
 /// Longer than any part takes to come up or to stop.
@@ -25,7 +24,8 @@ pub struct Part {
 }
 
 impl Part {
-    fn start(name: &'static str, command: &mut Command, logs: &Path) -> anyhow::Result<Self> {
+    /// Starts one, whose log goes to a file of its own.
+    pub fn start(name: &'static str, command: &mut Command, logs: &Path) -> anyhow::Result<Self> {
         let log = logs.join(format!("{name}.log"));
         let file = std::fs::File::options().create(true).append(true).open(&log)?;
         let child = command
@@ -42,11 +42,17 @@ impl Part {
         self.child.id().with_context(|| format!("{} has ended, see {}", self.name, self.log.display()))
     }
 
-    fn check(&mut self) -> anyhow::Result<()> {
+    /// Fails if it has ended.
+    pub fn check(&mut self) -> anyhow::Result<()> {
         match self.child.try_wait()? {
             None => Ok(()),
             Some(status) => bail!("{} ended ({status}), see {}", self.name, self.log.display()),
         }
+    }
+
+    /// Ends it without asking.
+    pub async fn kill(mut self) -> anyhow::Result<()> {
+        Ok(self.child.kill().await?)
     }
 
     /// Asks it to end, and waits until it has.
@@ -127,10 +133,15 @@ pub struct Simulator {
 
 impl Simulator {
     /// Its batches wait and run for `seconds`, on the clock.
-    pub async fn start(args: &Args, seconds: u32, clock: Option<Clock>, logs: &Path) -> anyhow::Result<Self> {
+    pub async fn start(
+        binary: &Path,
+        seconds: u32,
+        clock: Option<Clock>,
+        logs: &Path,
+    ) -> anyhow::Result<Self> {
         let name = if clock.is_some() { "simulator-fast" } else { "simulator" };
         let port_file = logs.join(format!("{name}.port"));
-        let mut command = Command::new(&args.simulator);
+        let mut command = Command::new(binary);
         command.args(["--listen=127.0.0.1:0", "--pending-seconds=0.2"]);
         command.arg(format!("--running-seconds={seconds}")).arg("--port-file").arg(&port_file);
         if let Some(clock) = clock {
@@ -180,16 +191,18 @@ pub struct Operator {
 }
 
 impl Operator {
-    /// Returns when it leads and has listed all jobs. On a clock of its own it works on one namespace only.
+    /// Returns when it leads and has listed all jobs. On a clock of its own it works on one namespace only. `more`: flags
+    /// that the measuring needs besides.
     pub async fn start(
-        args: &Args,
+        binary: &Path,
         control_plane: &ControlPlane,
         simulator: &Simulator,
         own: Option<(&str, Clock)>,
+        more: &[String],
         logs: &Path,
     ) -> anyhow::Result<Self> {
         let (callbacks, admin) = (free_address()?, free_address()?);
-        let mut command = Command::new(&args.operator);
+        let mut command = Command::new(binary);
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("GBO_")) {
             command.env_remove(name);
         }
@@ -197,7 +210,7 @@ impl Operator {
         command.args(["run", "--allow-insecure-upstream", "--allow-insecure-callbacks"]);
         command.arg(format!("--gemini-base-url={}", simulator.url));
         command.arg(format!("--external-url=http://{callbacks}"));
-        command.arg(format!("--listen={callbacks}")).arg(format!("--admin-listen={admin}"));
+        command.arg(format!("--listen={callbacks}")).arg(format!("--admin-listen={admin}")).args(more);
         let name = if let Some((namespace, clock)) = own {
             command.arg(format!("--namespace={namespace}")).arg(format!("--watch-namespaces={namespace}"));
             command.arg("--cluster-id=bench");
@@ -243,11 +256,17 @@ impl Operator {
         Usage::of(self.part.pid()?)
     }
 
+    /// Ends it without asking.
+    pub async fn kill(self) -> anyhow::Result<()> {
+        self.part.kill().await
+    }
+
     pub async fn stop(self) -> anyhow::Result<()> {
         self.part.stop().await
     }
 }
 
-fn free_address() -> anyhow::Result<SocketAddr> {
+/// An address of this machine that nobody listens on.
+pub fn free_address() -> anyhow::Result<SocketAddr> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
 }
