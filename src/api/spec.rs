@@ -164,8 +164,8 @@ const OBJECT_NAME: &str =
          (!has(self.input.objectStore) || !has(self.input.objectStore.range)))"
     )
     .message("spec.sharding can't be used with a range of an input: split the whole input, or leave the range out"),
-    validation = Rule::new("!has(self.sharding) || (has(self.output) && has(self.output.configMap))").message(
-        "spec.sharding needs spec.output.configMap: the results of all shards are put together there"
+    validation = Rule::new("!has(self.sharding) || has(self.output)").message(
+        "spec.sharding needs spec.output: the results of all shards are put together there"
     ),
     validation = Rule::new("!has(self.importFrom) || !has(self.backoffLimit) || self.backoffLimit == 0").message(
         "spec.backoffLimit can't be used with importFrom: the operator does not have the requests to send them again"

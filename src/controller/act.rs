@@ -22,7 +22,7 @@ use super::memory::{
 use super::metrics::{ByOutcome, ByReason};
 use super::observe;
 use super::output::{self, Done};
-use super::output_store::{self, Delivery};
+use super::output_store::{self, Content, Delivery};
 use super::retry::Judge;
 use super::run::Context;
 use super::stored::{self, Failure, Unsent};
@@ -759,7 +759,8 @@ impl Step<'_> {
         memory: &mut Memory,
     ) -> Result<Option<Result<StoredOutput, Problem>>, kube::Error> {
         let (ctx, job) = (Arc::clone(self.ctx), self.job.clone());
-        let delivery = Delivery { ctx, job, at: at.clone(), attempt, kept, manifest };
+        let delivery =
+            Delivery { ctx, job, at: at.clone(), attempt, content: Content::Joined(kept), manifest };
         let what = format!("deliver {attempt} {}", serde_json::json!(at));
         let (owner, woken) = (stored::owner(self.job), stored::woken(self.ctx, self.job));
         let waited = self.ctx.transfers.run(&owner, &what, woken, || aside(delivery.deliver()));

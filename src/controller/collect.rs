@@ -153,8 +153,9 @@ impl Kept {
         let mut all = 0;
         for what in kinds {
             let mut stream = self.0.stream(*what);
-            while stream.next(CHUNK_BYTES)?.is_some() {}
-            all += stream.streamed().bytes;
+            while let Some(chunk) = stream.next(CHUNK_BYTES)? {
+                all += chunk.len() as u64;
+            }
         }
         Ok(all)
     }

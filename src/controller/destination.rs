@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::api::{GeminiBatchJob, ObjectStoreOutput, OutputStatus, StoredOutput};
+use crate::api::{GeminiBatchJob, ObjectStoreOutput, Output, OutputStatus, StoredOutput};
 
 /// Counts, token usage and names.
 pub const MANIFEST_KEY: &str = "manifest.json";
@@ -20,7 +20,12 @@ impl Destination {
     /// Where the results of the job shall go.
     #[must_use]
     pub fn of(job: &GeminiBatchJob) -> Option<Self> {
-        let output = job.spec.output.as_ref()?;
+        Self::in_output(job.spec.output.as_ref()?)
+    }
+
+    /// Where `spec.output` says.
+    #[must_use]
+    pub fn in_output(output: &Output) -> Option<Self> {
         match (&output.config_map, &output.object_store) {
             (Some(map), _) => Some(Self::ConfigMap(map.name.clone())),
             (None, Some(store)) => Some(Self::Store(store.clone())),
@@ -57,6 +62,17 @@ pub enum Placed {
     ConfigMap(String),
     /// In these objects.
     Store(StoredOutput),
+}
+
+impl Placed {
+    /// In words of the status.
+    #[must_use]
+    pub fn status(&self) -> OutputStatus {
+        match self.clone() {
+            Self::ConfigMap(name) => OutputStatus { config_map: Some(name), ..OutputStatus::default() },
+            Self::Store(stored) => OutputStatus { object_store: Some(stored), ..OutputStatus::default() },
+        }
+    }
 }
 
 #[cfg(test)]

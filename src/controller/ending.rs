@@ -413,15 +413,22 @@ fn bettered_in_vain(
     (state, reason, message)
 }
 
-/// The results of all shards are more than a ConfigMap takes.
+/// The results of all shards are more than the destination takes.
 #[must_use]
-pub fn shards_too_large(name: &str, bytes: i64) -> Problem {
+pub fn shards_too_large(at: &Destination, bytes: i64) -> Problem {
+    let what = match at {
+        Destination::ConfigMap(_) => {
+            "They are kept in one ConfigMap for each shard (NAME-0000-results and so on). Set spec.output.objectStore instead \
+             of spec.output.configMap; or read them there, then delete this job"
+        }
+        Destination::Store(_) => {
+            "They are kept below it for each shard (shards/0000/manifest.json and so on): read them there, then delete this \
+             job"
+        }
+    };
     Problem::new(
         Reason::OutputTooLarge,
-        format!(
-            "the results of all shards are {bytes} bytes, more than ConfigMap {name} can hold. They are kept in one ConfigMap \
-             for each shard (status.shards; NAME-results): read them there, then delete this job"
-        ),
+        format!("the results of all shards are {bytes} bytes, more than {at} can hold. {what}"),
     )
 }
 
@@ -625,14 +632,7 @@ pub fn results(
             expiration_time: batch.and_then(|b| b.end_time).map(|t| Time(after(t, RESULT_LIFE))),
             bytes: collected.map(|c| c.bytes),
             sha256: collected.map(|c| c.sha256.clone()),
-            config_map: match stored {
-                Some(Placed::ConfigMap(name)) => Some(name.clone()),
-                _ => None,
-            },
-            object_store: match stored {
-                Some(Placed::Store(stored)) => Some(stored.clone()),
-                _ => None,
-            },
+            ..stored.map(Placed::status).unwrap_or_default()
         }),
     }
 }

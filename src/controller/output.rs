@@ -154,6 +154,15 @@ pub async fn release(client: &Client, job: &GeminiBatchJob, name: &str) -> Resul
 /// What `manifest.json` says. Counts and names only.
 #[must_use]
 pub fn manifest(job: &GeminiBatchJob, collected: &Collected, counts: RequestCounts) -> serde_json::Value {
+    let mut manifest = own_manifest(job, collected, counts);
+    // By it the sharded job knows the results of its shards.
+    if let Some(parent) = super::shards::parent_of(&job.metadata) {
+        manifest["parentUid"] = json!(parent.uid);
+    }
+    manifest
+}
+
+fn own_manifest(job: &GeminiBatchJob, collected: &Collected, counts: RequestCounts) -> serde_json::Value {
     let attempt = super::decide::current_attempt(job);
     let attempts: Vec<_> = job
         .status

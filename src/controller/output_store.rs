@@ -20,6 +20,7 @@ use kube::{Client, ResourceExt as _};
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 
 use super::Problem;
 use super::collect::Kept;
@@ -28,6 +29,7 @@ use super::identity;
 use super::join::What;
 use super::output::MANIFEST_KEY;
 use super::run::Context;
+use super::shards::merge::Whole;
 use super::stored::{self, Failure, Place};
 use crate::api::{GeminiBatchJob, ObjectStoreOutput, Reason, StoredObject, StoredOutput, Usage};
 use crate::crash;
@@ -143,8 +145,8 @@ pub fn failure(e: &store::Error) -> Failure {
 }
 
 /// The place, opened.
-struct Shelf {
-    store: Store,
+pub struct Shelf {
+    store: Arc<Store>,
     /// The URI without a / at its end.
     root: Location,
     /// As the job has it, for messages.
@@ -177,7 +179,11 @@ impl Shelf {
             }
             Err(other) => return Err(other),
         };
-        Ok(Self { store, root, uri: at.uri.trim_end_matches('/').to_owned(), owner: Owner::of(job) })
+        Ok(Self::within(Arc::new(store), root, job, at))
+    }
+
+    fn within(store: Arc<Store>, root: Location, job: &GeminiBatchJob, at: &ObjectStoreOutput) -> Self {
+        Self { store, root, uri: at.uri.trim_end_matches('/').to_owned(), owner: Owner::of(job) }
     }
 
     fn path(&self, name: &str) -> Path {
@@ -275,22 +281,148 @@ impl Shelf {
         if !is_ours || is_published {
             return;
         }
-        for (what, name) in KINDS {
+        for name in KINDS.map(|(_, name)| name).into_iter().chain([SHARDS]) {
             if let Err(error) = self.store.delete(&self.path(&format!("{left}/{name}"))).await {
-                tracing::info!(%error, ?what, "what an interrupted process wrote stays");
+                tracing::info!(%error, name, "what an interrupted process wrote stays");
                 return;
             }
         }
     }
 }
 
+/// Shelves in few stores: each is opened once.
+#[derive(Default)]
+pub struct Shelves(Vec<(ObjectStoreOutput, Arc<Store>)>);
+
+impl Shelves {
+    /// A place for the job, or for a part of it.
+    pub async fn open(
+        &mut self,
+        ctx: &Context,
+        job: &GeminiBatchJob,
+        at: &ObjectStoreOutput,
+    ) -> Result<Shelf, Failure> {
+        let root = Location::directory(&at.uri, "spec.output.objectStore.uri").map_err(|e| failure(&e))?;
+        let store = ObjectStoreOutput { uri: root.root(), ..at.clone() };
+        if let Some((_, open)) = self.0.iter().find(|(known, _)| *known == store) {
+            return Ok(Shelf::within(Arc::clone(open), root, job, at));
+        }
+        let shelf = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
+        self.0.push((store, Arc::clone(&shelf.store)));
+        Ok(shelf)
+    }
+}
+
+/// What was published at a place.
+impl Shelf {
+    /// The manifest as it is, if it is JSON.
+    pub async fn catalogue(&self) -> Result<Option<Value>, Failure> {
+        let there = self.fetch(MANIFEST_KEY).await?;
+        Ok(there.and_then(|(content, _)| serde_json::from_slice(&content).ok()))
+    }
+
+    /// Reads an object that the manifest names to its end, and is sure that it is that.
+    pub async fn copy(&self, named: &StoredObject, sink: &mut Sink<'_>) -> Result<(), Failure> {
+        let path = self.path(&named.name);
+        let object = match self.store.head(&path).await {
+            Ok(there) if i64::try_from(there.size).is_ok_and(|size| size == named.bytes) => there,
+            Ok(_) => return Err(self.differs(named)),
+            Err(e) if e.kind == Kind::NotFound => return Err(self.differs(named)),
+            Err(e) => return Err(failure(&e)),
+        };
+        let (mut reader, mut hash) = (self.store.read(&object), Sha256::new());
+        while let Some(bytes) = reader.next().await.map_err(|e| failure(&e))? {
+            hash.update(&bytes);
+            sink.put(&bytes).await?;
+        }
+        if identity::hex(&hash.finalize()) == named.sha256 { Ok(()) } else { Err(self.differs(named)) }
+    }
+
+    /// An object that the manifest names, which has to be small.
+    pub async fn text(&self, named: &StoredObject) -> Result<String, Failure> {
+        let size = u64::try_from(named.bytes).unwrap_or(0);
+        match self.store.fetch(&self.path(&named.name), size).await {
+            Ok(Some((bytes, _))) if identity::hex(&Sha256::digest(&bytes)) == named.sha256 => {
+                Ok(String::from_utf8_lossy(&bytes).into_owned())
+            }
+            Err(e) if e.kind != Kind::TooLarge => Err(failure(&e)),
+            _ => Err(self.differs(named)),
+        }
+    }
+
+    fn differs(&self, named: &StoredObject) -> Failure {
+        let uri = self.store.uri(&self.path(&named.name));
+        let problem = Problem::new(
+            Reason::OutputConflict,
+            format!(
+                "{uri} is gone, or is not what was written there: put it back; or delete {}/{MANIFEST_KEY}, and the job goes \
+                 on without the results that it names",
+                self.uri
+            ),
+        );
+        Failure::Problem { problem, seen: Vec::new() }
+    }
+
+    /// Deletes what is published there: the manifest last but one, so that what is left after a failure can be found.
+    pub async fn empty(&self, objects: &[StoredObject]) -> Result<(), Failure> {
+        let names = objects.iter().map(|o| o.name.as_str()).chain([MANIFEST_KEY, RESERVATION]);
+        for name in names {
+            self.store.delete(&self.path(name)).await.map_err(|e| failure(&e))?;
+        }
+        Ok(())
+    }
+}
+
+/// An object that is being written, and what is known of it then.
+pub struct Sink<'a> {
+    writer: store::Writer<'a>,
+    hash: Sha256,
+    bytes: i64,
+    lines: i64,
+    open_line: bool,
+}
+
+impl<'a> Sink<'a> {
+    fn new(store: &'a Store, path: &Path) -> Self {
+        Self { writer: store.write(path), hash: Sha256::new(), bytes: 0, lines: 0, open_line: false }
+    }
+
+    /// Adds bytes.
+    pub async fn put(&mut self, bytes: &[u8]) -> Result<(), Failure> {
+        let Some(last) = bytes.last() else { return Ok(()) };
+        self.open_line = *last != b'\n';
+        self.hash.update(bytes);
+        self.bytes += number(bytes.len());
+        self.lines += number(bytes.iter().filter(|b| **b == b'\n').count());
+        self.writer.write(bytes).await.map_err(|e| failure(&e))
+    }
+
+    /// Ends the last line, if it is open.
+    pub async fn end_line(&mut self) -> Result<(), Failure> {
+        if self.open_line { self.put(b"\n").await } else { Ok(()) }
+    }
+
+    async fn finish(self, name: &str) -> Result<StoredObject, Failure> {
+        self.writer.finish().await.map_err(|e| failure(&e))?;
+        let sha256 = identity::hex(&self.hash.finalize());
+        Ok(StoredObject { name: name.to_owned(), bytes: self.bytes, lines: self.lines, sha256 })
+    }
+}
+
+fn number(n: usize) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
 /// The kinds of lines and the names of their objects.
-const KINDS: [(What, &str); 4] = [
+pub const KINDS: [(What, &str); 4] = [
     (What::Results, "results.jsonl"),
     (What::Errors, "errors.jsonl"),
     (What::Missing, "missing.jsonl"),
     (What::Unmatched, "unmatched.jsonl"),
 ];
+
+/// With the results of a sharded job: a line for each shard.
+const SHARDS: &str = "shards.jsonl";
 
 async fn in_time<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<Done<T>, kube::Error> {
     let done = tokio::time::timeout(PATIENCE, work).await.unwrap_or_else(|_| {
@@ -302,7 +434,8 @@ async fn in_time<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<Do
     done_of(done)
 }
 
-fn done_of<T>(done: Result<T, Failure>) -> Result<Done<T>, kube::Error> {
+/// Whether somebody has to do something about it.
+pub fn done_of<T>(done: Result<T, Failure>) -> Result<Done<T>, kube::Error> {
     match done {
         Ok(done) => Ok(Done::Yes(done)),
         Err(Failure::Problem { problem, .. }) => Ok(Done::Blocked(problem)),
@@ -357,7 +490,7 @@ pub async fn release(
 /// What was published for the job.
 pub struct Published {
     /// Where it is.
-    pub store: Store,
+    pub store: Arc<Store>,
     /// The last attempt whose results are in it.
     pub attempt: i32,
     /// The object with the results.
@@ -418,12 +551,35 @@ pub struct Delivery {
     pub job: GeminiBatchJob,
     /// Where they go.
     pub at: ObjectStoreOutput,
-    /// Whose results they are the last word of.
+    /// Whose results they are the last word of; 0: all shards of the job.
     pub attempt: i32,
     /// The lines.
-    pub kept: Kept,
+    pub content: Content,
     /// What the manifest says, apart from the objects.
     pub manifest: Value,
+}
+
+/// Where the lines come from.
+pub enum Content {
+    /// A result file.
+    Joined(Kept),
+    /// The results of all shards.
+    Shards(Box<Whole>),
+}
+
+impl Content {
+    async fn write(&self, what: What, sink: &mut Sink<'_>) -> Result<(), Failure> {
+        match self {
+            Self::Joined(kept) => {
+                let mut stream = kept.0.stream(what);
+                while let Some(bytes) = stream.next(CHUNK_BYTES).map_err(|e| Failure::Passing(no_room(&e)))? {
+                    sink.put(&bytes).await?;
+                }
+                Ok(())
+            }
+            Self::Shards(whole) => whole.write(what, sink).await,
+        }
+    }
 }
 
 impl Delivery {
@@ -449,17 +605,13 @@ impl Delivery {
         let writing = format!("{}-{}-{}", place.owner.uid, self.attempt, identity::new_send_id());
         place.claim(published, Some(&writing)).await?;
         crash::at("publish", "claimed");
-        let mut objects = Vec::new();
-        for (what, name) in KINDS {
-            match self.object(&place, what, &format!("{writing}/{name}")).await {
-                Ok(object) => objects.extend(object),
-                Err(failure) => {
-                    place.clear(&writing, None).await;
-                    return Err(failure);
-                }
+        let objects = match self.objects(&place, &writing).await {
+            Ok(objects) => objects,
+            Err(failure) => {
+                place.clear(&writing, None).await;
+                return Err(failure);
             }
-            crash::at("publish", name);
-        }
+        };
         let mut content = self.manifest.clone();
         content["objects"] = json!(objects);
         let expect = before.as_ref().map_or(Expect::Absent, |(_, version)| Expect::Same(version));
@@ -494,34 +646,34 @@ impl Delivery {
         Ok(true)
     }
 
+    /// Writes all but the manifest.
+    async fn objects(&self, place: &Shelf, writing: &str) -> Result<Vec<StoredObject>, Failure> {
+        let mut objects = Vec::new();
+        for (what, name) in KINDS {
+            objects.extend(self.object(place, what, &format!("{writing}/{name}")).await?);
+            crash::at("publish", name);
+        }
+        if let Content::Shards(whole) = &self.content {
+            let name = format!("{writing}/{SHARDS}");
+            let mut sink = Sink::new(&place.store, &place.path(&name));
+            sink.put(whole.shards.as_bytes()).await?;
+            objects.push(sink.finish(&name).await?);
+            crash::at("publish", SHARDS);
+        }
+        Ok(objects)
+    }
+
     /// Writes the lines of one kind; no object, if there are none, unless they are the results.
     async fn object(&self, place: &Shelf, what: What, name: &str) -> Result<Option<StoredObject>, Failure> {
-        let mut stream = self.kept.0.stream(what);
-        let mut next = || stream.next(CHUNK_BYTES).map_err(|e| Failure::Passing(no_room(&e)));
-        let mut chunk = next()?;
-        if chunk.is_none() && what != What::Results {
-            return Ok(None);
-        }
-        let mut writer = place.store.write(&place.path(name));
-        let written = async {
-            while let Some(bytes) = chunk.take() {
-                writer.write(&bytes).await.map_err(|e| failure(&e))?;
-                chunk = next()?;
-            }
-            Ok(())
-        };
-        if let Err(failure) = written.await {
-            writer.abort().await;
+        let mut sink = Sink::new(&place.store, &place.path(name));
+        let written = self.content.write(what, &mut sink).await;
+        if let Err(failure) = written {
+            sink.writer.abort().await;
             return Err(failure);
         }
-        writer.finish().await.map_err(|e| failure(&e))?;
-        let done = stream.streamed();
-        let number = |n| i64::try_from(n).unwrap_or(i64::MAX);
-        Ok(Some(StoredObject {
-            name: name.to_owned(),
-            bytes: number(done.bytes),
-            lines: number(done.lines),
-            sha256: done.sha256,
-        }))
+        if sink.bytes == 0 && what != What::Results {
+            return Ok(None);
+        }
+        Ok(Some(sink.finish(name).await?))
     }
 }

@@ -873,6 +873,10 @@ async fn drive(
 /// Whether anything of the job may be on its way to or from an object store.
 fn wants_transfers(job: &GeminiBatchJob) -> bool {
     let sent = decide::current_attempt(job).is_some_and(|a| a.batch_name.is_some() && a.outcome.is_none());
+    if shards::recorded(job).is_some() {
+        // Held as well, what its shards have is put together; at its end, what single ones have is deleted.
+        return job.metadata.deletion_timestamp.is_none() || decide::is_finished(job);
+    }
     job.metadata.deletion_timestamp.is_none() && !decide::is_finished(job) && (sent || !job.spec.suspend)
 }
 

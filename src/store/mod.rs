@@ -40,7 +40,7 @@ pub use error::{Error, Kind, Purpose};
 pub use location::{Location, Scheme};
 pub use read::{ByteStream, Reader};
 pub use secret::{Credentials, SecretData};
-pub use write::{Expect, Put, Version, Writer};
+pub use write::{Expect, MAX_WRITTEN_BYTES, Put, Version, Writer};
 
 use endpoint::Trust;
 use http::Connector;

@@ -18,6 +18,8 @@ use super::{Backend, Store};
 /// Bytes of a part of a stream. All but the last have this size: some stores want them equal, S3 no smaller, and of ten
 /// thousand of them at most.
 const PART_BYTES: usize = 5 << 20;
+/// The largest object that can be written: so many parts, and no more, does S3 put together.
+pub const MAX_WRITTEN_BYTES: u64 = 10_000 * PART_BYTES as u64;
 /// Parts on their way at the same time, beside the one that is being filled.
 const PARTS_AT_ONCE: usize = 2;
 /// After each try in vain to take parts back.

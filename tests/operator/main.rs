@@ -30,6 +30,7 @@ mod outages;
 mod quota;
 mod retry;
 mod rules;
+mod sharded_output;
 mod sharding;
 mod stored_output;
 mod stores;

@@ -12,15 +12,15 @@ use crate::harness::{Env, PATIENCE, counts, is_true, kubectl, line, ready, spec,
 use crate::stores::{BUCKET, Server, s3_secret};
 
 /// A prompt of a batch that goes on until somebody ends it.
-const LONG: &str = "[[sim:job=stall]]";
+pub const LONG: &str = "[[sim:job=stall]]";
 
 /// JSON Lines with the keys k0, k1, …
-fn lines(prompts: &[&str]) -> String {
+pub fn lines(prompts: &[&str]) -> String {
     prompts.iter().enumerate().map(|(i, p)| line(&format!("k{i:03}"), p) + "\n").collect()
 }
 
 /// A job of shards over the ConfigMap `in`.
-fn sharded(max_requests: u32, in_flight: u32, more: Value) -> Value {
+pub fn sharded(max_requests: u32, in_flight: u32, more: Value) -> Value {
     let input = json!({"configMap": {"name": "in", "key": "requests.jsonl"}});
     with(
         with_input(input, Some("out")),
@@ -38,16 +38,16 @@ fn with(mut spec: Value, sharding: Value, more: Value) -> Value {
     spec
 }
 
-async fn put_input(env: &Env, prompts: &[&str]) {
+pub async fn put_input(env: &Env, prompts: &[&str]) {
     env.config_map("in", &json!({"requests.jsonl": lines(prompts)})).await;
 }
 
-async fn edit(env: &Env, name: &str, spec: Value) {
+pub async fn edit(env: &Env, name: &str, spec: Value) {
     env.jobs().patch(name, &PatchParams::default(), &Patch::Merge(json!({ "spec": spec }))).await.unwrap();
 }
 
 /// The jobs of shards, in their order.
-async fn children(env: &Env) -> Vec<GeminiBatchJob> {
+pub async fn children(env: &Env) -> Vec<GeminiBatchJob> {
     let all = env.jobs().list(&ListParams::default().labels(PARENT_LABEL)).await.unwrap().items;
     let mut all: Vec<_> = all.into_iter().filter(|job| job.name_any() != "job").collect();
     all.sort_by_key(|job| job.labels()[SHARD_LABEL].parse::<u32>().unwrap());
@@ -55,7 +55,7 @@ async fn children(env: &Env) -> Vec<GeminiBatchJob> {
 }
 
 /// Until nothing but the job itself is left.
-async fn alone(env: &Env) {
+pub async fn alone(env: &Env) {
     let start = Instant::now();
     while !children(env).await.is_empty() {
         assert!(start.elapsed() < PATIENCE, "{:?}", children(env).await);
@@ -74,20 +74,20 @@ async fn keys(env: &Env, name: &str, key: &str) -> Vec<String> {
     text.lines().map(key_of).collect()
 }
 
-fn expected(range: std::ops::Range<usize>) -> Vec<String> {
+pub fn expected(range: std::ops::Range<usize>) -> Vec<String> {
     range.map(|i| format!("k{i:03}")).collect()
 }
 
-fn shards(job: &GeminiBatchJob) -> (i32, i32, i32, i32, i32) {
+pub fn shards(job: &GeminiBatchJob) -> (i32, i32, i32, i32, i32) {
     let s = job.status.as_ref().unwrap().shards.clone().unwrap_or_default();
     (s.total, s.pending, s.running, s.succeeded, s.failed)
 }
 
-async fn running(env: &Env, name: &str, how_many: i32) -> GeminiBatchJob {
+pub async fn running(env: &Env, name: &str, how_many: i32) -> GeminiBatchJob {
     env.until(name, &format!("{how_many} running"), |j| shards(j).2 == how_many).await
 }
 
-async fn names_of_maps(env: &Env) -> Vec<String> {
+pub async fn names_of_maps(env: &Env) -> Vec<String> {
     let maps = env.config_maps().list(&ListParams::default()).await.unwrap();
     maps.iter().map(kube::ResourceExt::name_any).filter(|name| name != "kube-root-ca.crt").collect()
 }

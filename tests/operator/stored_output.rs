@@ -14,16 +14,16 @@ use crate::stores::{
 };
 
 /// Where the tests' results go, below [`BUCKET`].
-const PLACE: &str = "team/run";
+pub const PLACE: &str = "team/run";
 
-fn to_s3(mut spec: Value, endpoint: &str, place: &str) -> Value {
+pub fn to_s3(mut spec: Value, endpoint: &str, place: &str) -> Value {
     let uri = format!("s3://{BUCKET}/{place}");
     spec["output"] =
         json!({"objectStore": {"uri": uri, "credentialsRef": {"name": "store"}, "endpoint": endpoint}});
     spec
 }
 
-async fn env_for(endpoint: &str, extra: &[&str]) -> Env {
+pub async fn env_for(endpoint: &str, extra: &[&str]) -> Env {
     let origin = url::Url::parse(endpoint).unwrap().origin().ascii_serialization();
     let allowed = format!("--object-store-endpoints={origin}");
     let flags: Vec<&str> = extra.iter().copied().chain([allowed.as_str()]).collect();
@@ -32,12 +32,12 @@ async fn env_for(endpoint: &str, extra: &[&str]) -> Env {
     env
 }
 
-async fn with_s3() -> (Env, Server) {
+pub async fn with_s3() -> (Env, Server) {
     let s3 = Server::s3();
     (env_for(&s3.endpoint(), &[]).await, s3)
 }
 
-async fn with_proxy() -> (Env, Server, Proxy) {
+pub async fn with_proxy() -> (Env, Server, Proxy) {
     let s3 = Server::s3();
     let proxy = Proxy::before(&s3, Fault::None).await;
     (env_for(&proxy.endpoint(), &[]).await, s3, proxy)
@@ -47,7 +47,7 @@ fn hex(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().fold(String::new(), |all, b| format!("{all}{b:02x}"))
 }
 
-async fn manifest(s3: &Server, place: &str) -> Value {
+pub async fn manifest(s3: &Server, place: &str) -> Value {
     serde_json::from_slice(&s3.get(&format!("{place}/manifest.json")).await.expect("a manifest")).unwrap()
 }
 
@@ -58,7 +58,7 @@ fn objects(job: &GeminiBatchJob) -> Vec<StoredObject> {
 
 /// What a reader finds who goes by the manifest: lines by the last part of the object's name. All that the status and
 /// the manifest say of the objects is true.
-async fn read(s3: &Server, place: &str, job: &GeminiBatchJob) -> Vec<(String, Vec<Value>)> {
+pub async fn read(s3: &Server, place: &str, job: &GeminiBatchJob) -> Vec<(String, Vec<Value>)> {
     let stored = objects(job);
     assert_eq!(manifest(s3, place).await["objects"], json!(stored));
     let mut all = Vec::new();
@@ -81,7 +81,7 @@ fn size(n: usize) -> i64 {
     i64::try_from(n).unwrap()
 }
 
-fn keys(lines: &[Value]) -> Vec<&str> {
+pub fn keys(lines: &[Value]) -> Vec<&str> {
     lines.iter().map(|l| l["key"].as_str().unwrap()).collect()
 }
 

@@ -107,12 +107,8 @@ fn may_create(o: &Observed<'_>, now: Timestamp) -> Result<(), Said> {
         return Ok(());
     }
     // After a restart the input is read again, to see where it is split.
-    if let Some(trouble) = o.memory.trouble.as_ref().filter(|t| t.next > now) {
-        let said = (trouble.failures >= 2).then(|| (trouble.problem.clone(), false));
-        return Err((said, Wake::At(trouble.next)));
-    }
-    if let Some(transfer) = &o.memory.transfer {
-        return Err((Some((transfer.clone(), false)), Wake::OnChange)); // it is woken
+    if let Some((problem, wake)) = in_hand(o, now) {
+        return Err((problem.map(|problem| (problem, false)), wake));
     }
     match &o.input {
         Some(Err(problem)) => Err((Some((problem.clone(), true)), Wake::Recheck)),
@@ -126,19 +122,17 @@ fn finish(o: &Observed<'_>, s: &Situation<'_>, now: Timestamp) -> Decision {
         say: Some(Box::new(Change::Sharded(Box::new(s.seen(Some((problem, true))))))),
         wake,
     };
-    let Some(Destination::ConfigMap(name)) = Destination::of(o.job) else {
+    let Some(at) = Destination::of(o.job) else {
         // The schema refuses such a job; an older one may not have.
-        let what =
-            "spec.sharding needs spec.output.configMap: name a ConfigMap for the results of all shards";
+        let what = "spec.sharding needs spec.output: name a place for the results of all shards";
         return say(Problem::new(Reason::OutputNotWritable, what), Wake::OnChange);
     };
-    let at = Destination::ConfigMap(name.clone());
     let generation = o.job.metadata.generation;
     match &o.memory.shards.merged {
         Some(Merged::TooLarge { bytes, generation: then }) if *then == generation => {
-            return say(ending::shards_too_large(&name, *bytes), Wake::OnChange);
+            return say(ending::shards_too_large(&at, *bytes), Wake::OnChange);
         }
-        Some(Merged::Done(tally)) if tally.stored.as_deref().is_none_or(|stored| *stored == name) => {
+        Some(Merged::Done(tally)) if tally.stored.as_ref().is_none_or(|(stored, _)| *stored == at) => {
             if tally.stored.is_none() && !o.memory.cleanup.output_released && !output_filled(o.job, &at) {
                 return Decision::Act(Action::ReleaseOutput { name: at });
             }
@@ -150,13 +144,30 @@ fn finish(o: &Observed<'_>, s: &Situation<'_>, now: Timestamp) -> Decision {
         OutputObject::Blocked { problem, generation, retry }
             if generation_of(o.job) == *generation && retry.is_none_or(|t| t > now) =>
         {
-            say(problem.clone(), retry.map_or(Wake::OnChange, Wake::At))
+            return say(problem.clone(), retry.map_or(Wake::OnChange, Wake::At));
         }
         OutputObject::Reserved { name: other } if *other != at => {
-            Decision::Act(Action::ReleaseOutput { name: other.clone() })
+            return Decision::Act(Action::ReleaseOutput { name: other.clone() });
         }
-        _ => act(shards::Action::Merge { name }),
+        _ => {}
     }
+    match in_hand(o, now) {
+        Some((problem, wake)) => Decision::Wait {
+            say: problem.map(|problem| Box::new(Change::Sharded(Box::new(s.seen(Some((problem, false))))))),
+            wake,
+        },
+        None => act(shards::Action::Merge { at }),
+    }
+}
+
+/// A transfer that is under way or is tried again later: what to say of it, and when to look again.
+fn in_hand(o: &Observed<'_>, now: Timestamp) -> Option<(Option<Problem>, Wake)> {
+    if let Some(trouble) = o.memory.trouble.as_ref().filter(|t| t.next > now) {
+        let problem = (trouble.failures >= 2).then(|| trouble.problem.clone());
+        return Some((problem, Wake::At(trouble.next)));
+    }
+    let transfer = o.memory.transfer.clone()?;
+    Some((Some(transfer), Wake::OnChange)) // it is woken
 }
 
 /// Children whose own deletion would not do what this job says.
@@ -196,7 +207,7 @@ fn drop_children(
 }
 
 /// What a finished job has to do about its children; `None`: nothing any more. The results of all are stored, so those of
-/// single parts are not needed, nor are the children, unless something could be lost with them.
+/// single parts are not needed, and then neither are the children, unless something could be lost with them.
 pub(super) fn leftovers(o: &Observed<'_>, now: Timestamp) -> Option<Decision> {
     let recorded = recorded(o.job)?;
     let s = Situation { stopped: true, ..situation(o, recorded, now) };
@@ -206,15 +217,19 @@ pub(super) fn leftovers(o: &Observed<'_>, now: Timestamp) -> Option<Decision> {
         return None; // each child tells by itself what becomes of it
     }
     let wait = |wake| Some(Decision::Wait { say: None, wake: deadline.map_or(wake, Wake::At) });
+    // Before the children, which know where they stored them.
+    let filled = Destination::of(o.job).is_some_and(|at| output_filled(o.job, &at));
+    if filled && !o.memory.shards.parts_dropped {
+        return match in_hand(o, now) {
+            Some((_, wake)) => wait(wake),
+            None => Some(act(shards::Action::DropParts)),
+        };
+    }
     let keep = |child: &GeminiBatchJob| since.is_none() && is_kept(o.job, child);
     match drop_children(o, &s, keep, now) {
         Ok(Some(decision)) => return Some(decision),
         Ok(None) => {}
         Err(()) => return wait(Wake::OnChange),
-    }
-    let filled = Destination::of(o.job).is_some_and(|at| output_filled(o.job, &at));
-    if filled && !o.memory.shards.parts_dropped {
-        return Some(act(shards::Action::DropParts));
     }
     if s.children().next().is_some() {
         return Some(lifecycle::at_rest(o, now)); // those that are kept

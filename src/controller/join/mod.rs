@@ -27,10 +27,10 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use self::records::{Entry, Found, Key, Kind, Line, Place, Slot};
-pub use self::scratch::Scratch;
-use self::scratch::{Reads, Spool, Table};
+use self::scratch::{Reads, Table};
+pub use self::scratch::{Scratch, Spool};
 use self::streams::{At, Slots};
-pub use self::streams::{Stream, Streamed, What};
+pub use self::streams::{Stream, What};
 use super::retry::{self, Judge, Standing};
 use crate::api::conditions::cut;
 use crate::gemini::results::{Outcome, ResultLine, Usage};

@@ -4,12 +4,10 @@ use std::io;
 
 use bytes::Bytes;
 use serde_json::json;
-use sha2::{Digest as _, Sha256};
 
 use super::records::{Kind, Place, Slot};
 use super::scratch::{Reads, Records};
 use super::{Joined, NAME_BYTES, slot_part};
-use crate::controller::identity::hex;
 use crate::controller::retry::Standing;
 use crate::gemini::results::{Outcome, ResultLine};
 
@@ -40,19 +38,6 @@ pub struct Stream<'a> {
     number: u32,
     /// What is left of a line that is passed on as it came.
     rest: Option<Place>,
-    hash: Sha256,
-    done: Streamed,
-}
-
-/// What a stream has given so far.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Streamed {
-    /// Bytes.
-    pub bytes: u64,
-    /// Lines.
-    pub lines: u64,
-    /// SHA-256 in hexadecimal.
-    pub sha256: String,
 }
 
 /// What belongs to a place.
@@ -123,8 +108,6 @@ impl<'a> Stream<'a> {
             places: of.places.records(0),
             number: 0,
             rest: None,
-            hash: Sha256::new(),
-            done: Streamed::default(),
         }
     }
 
@@ -148,18 +131,7 @@ impl<'a> Stream<'a> {
                 break;
             }
         }
-        if chunk.is_empty() {
-            return Ok(None);
-        }
-        self.hash.update(&chunk);
-        self.done.bytes += chunk.len() as u64;
-        Ok(Some(chunk.into()))
-    }
-
-    /// What was given so far.
-    #[must_use]
-    pub fn streamed(&self) -> Streamed {
-        Streamed { sha256: hex(&self.hash.clone().finalize()), ..self.done.clone() }
+        Ok(Some(chunk.into()).filter(|chunk: &Bytes| !chunk.is_empty()))
     }
 
     fn result(&mut self, out: &mut Vec<u8>, wanted: impl Fn(Kind) -> bool) -> io::Result<bool> {
@@ -171,7 +143,6 @@ impl<'a> Stream<'a> {
         if wanted(kind) {
             let line = self.lines.at(place.offset, size(place.len)?)?;
             render(line, self.of.names_attempts.then_some(kind.attempt), out)?;
-            self.done.lines += 1;
         }
         Ok(true)
     }
@@ -186,7 +157,6 @@ impl<'a> Stream<'a> {
             out.extend_from_slice(b"{\"key\":");
             out.extend_from_slice(name);
             out.extend_from_slice(b"}\n");
-            self.done.lines += 1;
         }
         Ok(true)
     }
@@ -204,7 +174,6 @@ impl<'a> Stream<'a> {
             self.rest = Some(Place { offset: offset + now, len: len - now });
         } else {
             out.push(b'\n');
-            self.done.lines += 1;
         }
         Ok(true)
     }

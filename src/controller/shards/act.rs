@@ -6,22 +6,25 @@ use futures::future::{BoxFuture, FutureExt as _};
 use futures::stream::{self, StreamExt as _, TryStreamExt as _};
 use http::header::CONTENT_TYPE;
 use jiff::SignedDuration;
-use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::{DeleteParams, ListParams, PostParams, Preconditions};
 use kube::{Api, Resource as _, ResourceExt as _};
 use serde_json::json;
 
-use super::merge;
 use super::seen::Situation;
 use super::{
-    Action, Merged, Refused, Slot, child, child_name, is_child_of, label_of, part_of, recorded, results_name,
+    Action, Merged, Refused, Slot, Tally, child, child_name, is_child_of, label_of, part_of, recorded,
 };
+use super::{merge, parts};
 use crate::api::{GeminiBatchJob, GeminiBatchJobSpec, Input, PARENT_LABEL, Reason, SHARDS_MANAGER};
-use crate::controller::destination::{Destination, Placed};
+use crate::controller::act::passing;
+use crate::controller::destination::Destination;
+use crate::controller::gather::aside;
 use crate::controller::memory::{Memory, OutputObject, after};
+use crate::controller::output_store::{self, Done};
 use crate::controller::run::Context;
+use crate::controller::transfers::Waited;
 use crate::controller::watched::Watched;
-use crate::controller::{Problem, output};
+use crate::controller::{Problem, output, stored};
 use crate::crash;
 
 /// Requests to the API server at the same time.
@@ -100,20 +103,7 @@ pub async fn take(
             Ok(())
         }
         Action::DeleteAll => delete_all(ctx, parent, memory).await,
-        Action::Merge { name } => {
-            match merge::config_map(ctx, parent, name, &memory.shards).await? {
-                Ok(merged) => {
-                    if matches!(&merged, Merged::Done(tally) if tally.stored.is_some()) {
-                        let (name, placed) =
-                            (Destination::ConfigMap(name.clone()), Placed::ConfigMap(name.clone()));
-                        memory.output = OutputObject::Stored { name, placed };
-                    }
-                    memory.shards.merged = Some(merged);
-                }
-                Err(problem) => memory.output = blocked(ctx, parent, problem),
-            }
-            Ok(())
-        }
+        Action::Merge { at } => merge(ctx, parent, at, memory).await,
         Action::DropParts => drop_parts(ctx, parent, memory).await,
     }
 }
@@ -306,7 +296,7 @@ async fn delete_one(
 }
 
 /// What is gone, or is another one by now, needs no deletion.
-fn unless_gone<T>(deleted: Result<T, kube::Error>) -> Result<(), kube::Error> {
+pub(super) fn unless_gone<T>(deleted: Result<T, kube::Error>) -> Result<(), kube::Error> {
     match deleted {
         Err(e) if !output::is(&e, 404) && !output::is(&e, 409) => Err(e),
         _ => Ok(()),
@@ -322,24 +312,96 @@ async fn delete_all(ctx: &Context, parent: &GeminiBatchJob, memory: &mut Memory)
     delete(ctx, parent, going.map(|job| (job.name_any(), job.uid())).collect()).await
 }
 
-async fn drop_parts(ctx: &Context, parent: &GeminiBatchJob, memory: &mut Memory) -> Result<(), kube::Error> {
-    let created = recorded(parent).map_or(0, |s| usize::try_from(s.created).unwrap_or(0));
-    let mut work: Vec<BoxFuture<'_, Result<(), kube::Error>>> = Vec::new();
-    for index in 0..created {
-        work.push(drop_part(ctx, parent, child_name(&parent.name_any(), index)).boxed());
+/// Puts the results together: beside the passes, if they go to a store.
+async fn merge(
+    ctx: &Arc<Context>,
+    parent: &GeminiBatchJob,
+    at: &Destination,
+    memory: &mut Memory,
+) -> Result<(), kube::Error> {
+    let done = match at {
+        Destination::ConfigMap(name) => merge::to_map(ctx, parent, name, &memory.shards).await?,
+        Destination::Store(store) => {
+            let what = format!("merge {}", json!(store));
+            let (ctx2, job, known) = (Arc::clone(ctx), parent.clone(), (*memory.shards).clone());
+            let work = || aside(merge::to_store(ctx2, job, store.clone(), known));
+            let says = format!("the results of all shards are being put together at {at}");
+            let Some(done) = beside(ctx, parent, &what, says, memory, work).await else { return Ok(()) };
+            done?
+        }
+    };
+    match done {
+        Done::Yes(merged) => {
+            memory.trouble = None;
+            if let Merged::Done(Tally { stored: Some((name, placed)), .. }) = &merged {
+                memory.output = OutputObject::Stored { name: name.clone(), placed: placed.clone() };
+            }
+            memory.shards.merged = Some(merged);
+        }
+        Done::Blocked(problem) => memory.output = blocked(ctx, parent, problem),
+        Done::Passing(problem) => {
+            memory.trouble = Some(passing(ctx, memory.trouble.as_ref(), problem));
+        }
     }
-    stream::iter(work).buffer_unordered(PARALLEL).try_collect::<()>().await?;
-    memory.shards.parts_dropped = true;
     Ok(())
 }
 
-async fn drop_part(ctx: &Context, parent: &GeminiBatchJob, child: String) -> Result<(), kube::Error> {
-    let maps: Api<ConfigMap> = Api::namespaced(ctx.client.clone(), &parent.namespace().unwrap_or_default());
-    let name = results_name(&child);
-    let Some(there) = maps.get_opt(&name).await?.filter(|there| merge::is_part(parent, &child, there)) else {
-        return Ok(());
+/// Has work done beside the passes. `None`: it is under way, which memory says, and the job will be woken.
+async fn beside<T: Send + 'static, F>(
+    ctx: &Arc<Context>,
+    parent: &GeminiBatchJob,
+    what: &str,
+    says: String,
+    memory: &mut Memory,
+    work: impl FnOnce() -> F,
+) -> Option<T>
+where
+    F: Future<Output = T> + Send + 'static,
+{
+    let waited = ctx.transfers.run(&stored::owner(parent), what, stored::woken(ctx, parent), work).await;
+    memory.transfer = Some(match waited {
+        Waited::Done(done) => return Some(done),
+        Waited::Running => stored::waiting(says),
+        Waited::Queued => stored::queued(ctx, "the results of all shards wait"),
+    });
+    None
+}
+
+/// Tries in vain after which results of single parts stay where they are: the whole is stored.
+const DROP_TRIES: u32 = 6;
+
+async fn drop_parts(
+    ctx: &Arc<Context>,
+    parent: &GeminiBatchJob,
+    memory: &mut Memory,
+) -> Result<(), kube::Error> {
+    let (ctx2, job, slots) = (Arc::clone(ctx), parent.clone(), memory.shards.slots.clone());
+    let work = || async move { parts::drop_all(&ctx2, &job, &slots).await };
+    let says = "the results of single shards are being deleted".to_owned();
+    let Some(done) = beside(ctx, parent, "drop parts", says, memory, work).await else { return Ok(()) };
+    let problem = match output_store::done_of(done)? {
+        Done::Yes(()) => {
+            memory.trouble = None;
+            memory.shards.parts_dropped = true;
+            return Ok(());
+        }
+        Done::Blocked(problem) => problem,
+        Done::Passing(problem) => {
+            let trouble = passing(ctx, memory.trouble.as_ref(), problem);
+            if trouble.failures < DROP_TRIES {
+                memory.trouble = Some(trouble);
+                return Ok(());
+            }
+            trouble.problem
+        }
     };
-    let only_this = Preconditions { uid: there.uid(), resource_version: None };
-    let params = DeleteParams { preconditions: Some(only_this), ..DeleteParams::default() };
-    unless_gone(maps.delete(&name, &params).await)
+    tracing::warn!(
+        namespace = parent.namespace(),
+        name = parent.name_any(),
+        problem = problem.message,
+        "results of single shards stay in the object store; the whole is stored"
+    );
+    memory.trouble = None;
+    memory.shards.parts_dropped = true;
+    Ok(())
 }

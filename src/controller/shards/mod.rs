@@ -11,11 +11,13 @@
 //! | [`family`] | no | what the watch shows of children, and who wakes their parents |
 //! | [`seen`] | no | what the parent says of its children, and how it ends |
 //! | [`act`] | yes | creates, changes, finds and deletes children |
-//! | [`merge`] | yes | puts the results of all children together |
+//! | [`parts`] | yes | reads the results of single children, and deletes them |
+//! | [`merge`] | yes | puts them together |
 
 pub mod act;
 pub mod family;
 pub mod merge;
+pub mod parts;
 pub mod plan;
 pub mod seen;
 
@@ -28,6 +30,7 @@ use kube::{Resource as _, ResourceExt as _};
 use sha2::{Digest as _, Sha256};
 
 use self::plan::{Limits, Plan};
+use super::destination::{Destination, Placed};
 use super::watched::Watched;
 use super::{Problem, decide};
 use crate::api::conditions::{self, cut};
@@ -67,6 +70,12 @@ pub fn child_name(parent: &str, index: usize) -> String {
 #[must_use]
 pub fn results_name(child: &str) -> String {
     format!("{child}{RESULTS_SUFFIX}")
+}
+
+/// The place below the job's own that the job of a part stores its results in.
+#[must_use]
+pub fn results_uri(uri: &str, index: usize) -> String {
+    format!("{}/shards/{index:04}", uri.trim_end_matches('/'))
 }
 
 /// The value of [`PARENT_LABEL`].
@@ -135,7 +144,10 @@ pub fn desired(parent: &GeminiBatchJob, index: usize, hold: Hold) -> GeminiBatch
     let mut output = spec.output.clone();
     if let Some(output) = &mut output {
         let child = child_name(&parent.name_any(), index);
-        output.config_map = Some(LocalRef { name: results_name(&child) });
+        output.config_map = output.config_map.as_ref().map(|_| LocalRef { name: results_name(&child) });
+        if let Some(at) = &mut output.object_store {
+            at.uri = results_uri(&at.uri, index);
+        }
         // They were paid for: whoever deletes a child does not delete them.
         output.retention = Retention::Retain;
     }
@@ -189,7 +201,7 @@ pub fn child(parent: &GeminiBatchJob, index: usize, range: &InputRange) -> Gemin
 }
 
 /// One step with the jobs of parts.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Action {
     /// Create some. They are held until the parent has recorded them.
     Create {
@@ -214,10 +226,10 @@ pub enum Action {
     DeleteAll,
     /// Put the results together.
     Merge {
-        /// Name of the ConfigMap.
-        name: String,
+        /// Where they go.
+        at: Destination,
     },
-    /// Delete the ConfigMaps with the results of single parts.
+    /// Delete the results of single parts.
     DropParts,
 }
 
@@ -257,8 +269,8 @@ pub struct Tally {
     pub succeeded: i64,
     /// Tokens.
     pub usage: Usage,
-    /// The ConfigMap that it is in; `None` if there was nothing to store.
-    pub stored: Option<String>,
+    /// Where it is; `None` if there was nothing to store.
+    pub stored: Option<(Destination, Placed)>,
 }
 
 /// A place for a child, as far as this process knows.
@@ -340,7 +352,7 @@ pub struct Known {
     pub refused: Option<Refused>,
     /// What came of putting the results together.
     pub merged: Option<Merged>,
-    /// The results of single children are deleted.
+    /// The results of single children are deleted, or it was given up.
     pub parts_dropped: bool,
     /// Children that a complete list has shown in this pass.
     pub left: Option<usize>,

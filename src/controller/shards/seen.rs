@@ -4,7 +4,7 @@ use kube::ResourceExt as _;
 
 use super::{AT_ONCE, Hold, Slot, Tally, child_name, desired, is_resting, stalled};
 use crate::api::conditions::{self, FINISHED, READY};
-use crate::api::{GeminiBatchJob, OutputStatus, Reason, RequestCounts, Shard, Shards, State, Usage};
+use crate::api::{GeminiBatchJob, Reason, RequestCounts, Shard, Shards, State, Usage};
 use crate::controller::Problem;
 use crate::controller::decide::{self, Results};
 use crate::controller::ending::{End, by_success_policy, stopped as stop};
@@ -357,10 +357,7 @@ impl<'a> Situation<'a> {
         let results = Results {
             requests: Some(counts),
             usage: Some(tally.usage),
-            output: tally
-                .stored
-                .clone()
-                .map(|name| OutputStatus { config_map: Some(name), ..OutputStatus::default() }),
+            output: tally.stored.as_ref().map(|(_, placed)| placed.status()),
         };
         End { results, ..stop(self.parent, state, reason, message) }
     }

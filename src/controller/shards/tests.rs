@@ -15,7 +15,7 @@ use super::*;
 use crate::api::conditions::{FINISHED, READY, STALLED};
 use crate::api::{FINALIZER, Reason, RequestCounts};
 use crate::controller::decide::{Action, Change, Decision, Gate, Observed, Wake, decide};
-use crate::controller::destination::Destination;
+use crate::controller::destination::{Destination, Placed};
 use crate::controller::memory::{Memory, OutputObject};
 use crate::controller::report::compose;
 use crate::controller::{InputFacts, Timings};
@@ -327,12 +327,12 @@ impl World {
             Action::Shards(Step::DeleteAll) => {
                 self.memory.shards.left = Some(self.children.len());
             }
-            Action::Shards(Step::Merge { name }) => {
+            Action::Shards(Step::Merge { at }) => {
                 self.merged = true;
                 let succeeded = self.children.values().filter_map(|c| c.status.as_ref()?.requests);
                 let tally = Tally {
                     succeeded: succeeded.map(|c| c.succeeded).sum(),
-                    stored: Some(name),
+                    stored: Some((at, Placed::ConfigMap("out".to_owned()))),
                     ..Tally::default()
                 };
                 self.memory.shards.merged = Some(Merged::Done(tally));
