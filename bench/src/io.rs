@@ -76,7 +76,10 @@ pub fn measure(args: &Args) -> anyhow::Result<Vec<String>> {
         bail!("measuring a debug build says nothing: use 'make bench-io'");
     }
     ensure!(args.requests > 0 && args.keys > 0, "there must be requests");
-    ensure!(args.megabytes * 1_000_000 / args.requests > 200, "the lines would be too short: fewer requests, or more bytes");
+    ensure!(
+        args.megabytes * 1_000_000 / args.requests > 200,
+        "the lines would be too short: fewer requests, or more bytes"
+    );
     machine::allow_open_files(4096)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -265,7 +268,8 @@ impl Bench<'_> {
         let temporary = self.dir.join("data/tmp");
         std::fs::create_dir_all(&temporary)?;
         let more = [format!("--object-store-endpoints={}", self.endpoint)];
-        Operator::start(&self.args.operator, &self.control_plane, &self.simulator, None, &more, self.dir).await
+        Operator::start(&self.args.operator, &self.control_plane, &self.simulator, None, &more, self.dir)
+            .await
     }
 
     fn jobs(&self) -> Api<GeminiBatchJob> {
@@ -273,7 +277,8 @@ impl Bench<'_> {
     }
 
     async fn create(&self, name: &str, input: &str) -> anyhow::Result<()> {
-        let at = |uri: String| json!({"uri": uri, "credentialsRef": {"name": "store"}, "endpoint": self.endpoint});
+        let at =
+            |uri: String| json!({"uri": uri, "credentialsRef": {"name": "store"}, "endpoint": self.endpoint});
         let job = json!({
             "apiVersion": "geminibatch.dev/v1alpha1", "kind": "GeminiBatchJob", "metadata": {"name": name},
             "spec": {
@@ -338,8 +343,10 @@ impl Bench<'_> {
 
     /// Whether the results are in input order, each once, and have the hash that the status names.
     async fn verify(&self, name: &str, status: &Value, requests: usize) -> anyhow::Result<(String, u64)> {
-        let objects = status["output"]["objectStore"]["objects"].as_array().context("no objects in the status")?;
-        let named = |suffix: &str| objects.iter().find(|o| o["name"].as_str().is_some_and(|n| n.ends_with(suffix)));
+        let objects =
+            status["output"]["objectStore"]["objects"].as_array().context("no objects in the status")?;
+        let named =
+            |suffix: &str| objects.iter().find(|o| o["name"].as_str().is_some_and(|n| n.ends_with(suffix)));
         let results = named("results.jsonl").with_context(|| format!("no results: {status}"))?;
         let path = format!("{name}/{}", results["name"].as_str().unwrap_or_default());
         let object = self.store.head(&path.as_str().into()).await?;
@@ -362,13 +369,20 @@ impl Bench<'_> {
             }
             rest.drain(..from);
         }
-        ensure!(number == requests && rest.is_empty(), "{path}: {number} whole lines for {requests} requests");
+        ensure!(
+            number == requests && rest.is_empty(),
+            "{path}: {number} whole lines for {requests} requests"
+        );
         let sha256 = hash.finish().as_ref().iter().fold(String::new(), |mut all, byte| {
             let _ = write!(all, "{byte:02x}"); // writing to a String cannot fail
             all
         });
         ensure!(results["sha256"] == sha256.as_str(), "{path} has another hash than the status says");
-        ensure!(results["lines"] == requests, "{path} has {requests} lines, the status says {}", results["lines"]);
+        ensure!(
+            results["lines"] == requests,
+            "{path} has {requests} lines, the status says {}",
+            results["lines"]
+        );
         Ok((sha256, object.size))
     }
 
@@ -385,10 +399,9 @@ impl Bench<'_> {
 
     fn tell(&mut self, took: &Took, copy: f64) {
         let speeds = [took.bytes[0] / took.input.as_secs_f64(), took.bytes[1] / took.output.as_secs_f64()];
-        for (what, speed) in [
-            ("input: read twice, checked, sent", speeds[0]),
-            ("results: read, joined, written", speeds[1]),
-        ] {
+        for (what, speed) in
+            [("input: read twice, checked, sent", speeds[0]), ("results: read, joined, written", speeds[1])]
+        {
             self.table.timed(
                 what,
                 ">= 50 % of a plain copy",

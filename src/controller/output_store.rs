@@ -315,10 +315,10 @@ impl Shelves {
 
 /// What was published at a place.
 impl Shelf {
-    /// The manifest as it is, if it is JSON.
+    /// The manifest as it is; null, if it is not JSON.
     pub async fn catalogue(&self) -> Result<Option<Value>, Failure> {
         let there = self.fetch(MANIFEST_KEY).await?;
-        Ok(there.and_then(|(content, _)| serde_json::from_slice(&content).ok()))
+        Ok(there.map(|(content, _)| serde_json::from_slice(&content).unwrap_or_default()))
     }
 
     /// Reads an object that the manifest names to its end, and is sure that it is that.
@@ -336,6 +336,16 @@ impl Shelf {
             sink.put(&bytes).await?;
         }
         if identity::hex(&hash.finalize()) == named.sha256 { Ok(()) } else { Err(self.differs(named)) }
+    }
+
+    /// Deletes the reservation for the job of that name, which is gone.
+    pub async fn withdraw(&self, name: &str) -> Result<(), Failure> {
+        let there = self.fetch(RESERVATION).await?;
+        let there = there.and_then(|(content, _)| serde_json::from_slice::<Reservation>(&content).ok());
+        if there.is_none_or(|there| there.job.namespace != self.owner.namespace || there.job.name != name) {
+            return Ok(());
+        }
+        self.store.delete(&self.path(RESERVATION)).await.map_err(|e| failure(&e))
     }
 
     /// An object that the manifest names, which has to be small.

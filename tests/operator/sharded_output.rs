@@ -151,8 +151,6 @@ async fn the_results_of_a_shard_that_somebody_damaged_are_not_taken_for_its_own(
     let name = s3.names().await.into_iter().find(|n| n.ends_with("results.jsonl")).unwrap();
     let good = s3.get(&name).await.unwrap();
     s3.put(&name, vec![b'x'; good.len()]).await;
-    let running = env.sim.batches().into_iter().find(|b| b.name.ends_with('1') || b.requests == 1);
-    assert!(running.is_some());
     for batch in env.sim.batches() {
         let _ = env.sim.finish(&batch.name, Outcome::Succeeded); // one has
     }
@@ -170,7 +168,8 @@ async fn the_results_of_a_shard_that_somebody_damaged_are_not_taken_for_its_own(
 async fn shards_that_were_too_large_for_a_config_map_may_go_to_a_store() {
     let (env, s3) = with_s3().await;
     env.operator().await;
-    put_input(&env, &["[[sim:big=400000]]", "[[sim:error=3]]", "[[sim:big=400000]]", "[[sim:big=400000]]"]).await;
+    put_input(&env, &["[[sim:big=400000]]", "[[sim:error=3]]", "[[sim:big=400000]]", "[[sim:big=400000]]"])
+        .await;
     env.create("job", sharded(1, 4, json!({}))).await;
     let (_, _, message) = ready(&env.stalled("job", "OutputTooLarge").await);
     assert!(message.contains("spec.output.objectStore"), "{message}");
@@ -193,8 +192,8 @@ async fn shards_in_a_store_may_be_put_together_in_a_config_map() {
     let (env, s3) = with_s3().await;
     env.operator().await;
     put_input(&env, &["hello", "[[sim:missing]]", LONG]).await;
-    env.create("job", spec(1, 3, &s3.endpoint(), json!({}))).await;
-    env.until("job", "one left", |j| shards(j) == (3, 0, 1, 2, 0)).await;
+    env.create("job", spec(2, 2, &s3.endpoint(), json!({}))).await;
+    env.until("job", "one left", |j| shards(j) == (2, 0, 1, 1, 0)).await;
     edit(&env, "job", json!({"output": {"objectStore": null, "configMap": {"name": "out"}}})).await;
     let last = children(&env).await.pop().unwrap().status.unwrap().attempts.pop().unwrap();
     assert!(env.sim.finish(&last.batch_name.unwrap(), Outcome::Succeeded));

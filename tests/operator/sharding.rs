@@ -467,7 +467,7 @@ async fn what_cannot_be_split_is_refused() {
     for (spec, words) in [
         (inline, "spec.sharding needs spec.input.configMap or spec.input.objectStore"),
         (no_limit, "spec.sharding needs maxRequests, maxBytes or both"),
-        (no_output, "spec.sharding needs spec.output.configMap"),
+        (no_output, "spec.sharding needs spec.output: "),
         (part, "can't be used with a range"),
         (bad_hash, "SHA-256 in lower case"),
     ] {
@@ -498,4 +498,21 @@ async fn what_is_split_can_not_be_split_otherwise() {
     let shown = kubectl(&env, &["get", "gbj", "job", "-o", "wide"]).unwrap();
     assert!(shown.lines().next().unwrap().contains("SHARDS"), "{shown}");
     assert_eq!(shown.lines().nth(1).unwrap().split_whitespace().last(), Some("3"), "{shown}");
+}
+
+/// The example that users copy.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_questions_become_ten_batches() {
+    let env = Env::new().await;
+    env.operator().await;
+    let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/examples");
+    for file in ["configmap-100.yaml", "sharding.yaml"] {
+        kubectl(&env, &["apply", "-f", &format!("{examples}/{file}")]).unwrap();
+    }
+    let job = env.cleaned("hundred-in-shards").await;
+    assert_eq!((state(&job), counts(&job)), ("Succeeded", (100, 100, 0)), "{:?}", ready(&job));
+    assert_eq!(shards(&job), (10, 0, 0, 10, 0));
+    let results = data(&env, "hundred-in-shards-results", "results.jsonl").await;
+    assert_eq!(results.lines().count(), 100);
+    assert!(env.sim.batches().iter().filter(|b| b.requests == 10).count() == 10);
 }

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 
 use super::cleanup::{deletion_deadline, output_filled};
 use super::{Action, Change, Decision, Gate, Observed, Wake, generation_of, lifecycle, record};
-use crate::api::{GeminiBatchJob, Reason, Retention, Shards};
+use crate::api::{DeletionPolicy, GeminiBatchJob, Reason, Retention, Shards};
 use crate::controller::destination::Destination;
 use crate::controller::memory::{Memory, OutputObject};
 use crate::controller::shards::seen::Situation;
@@ -191,7 +191,10 @@ fn drop_children(
     let refused = o.memory.shards.refused.as_ref().is_some_and(|refused| refused.next > now);
     let untold = to_be_told(s);
     if !untold.is_empty() && !refused {
-        return Ok(Some(act(shards::Action::Sync { indices: untold, stopped: true })));
+        // What is to be left alone is not stopped on the way either.
+        let stopped = o.job.spec.deletion_policy() != DeletionPolicy::Orphan
+            || lifecycle::deadline(o.job).is_some_and(|t| t <= now);
+        return Ok(Some(act(shards::Action::Sync { indices: untold, stopped })));
     }
     let is_going = |index: usize, child: &GeminiBatchJob| {
         child.metadata.deletion_timestamp.is_some() || o.memory.shards.going.contains(&index)

@@ -292,8 +292,7 @@ pub async fn to_map(
     }
     Ok(match output::put(&ctx.client, parent, name, data).await? {
         output::Done::Yes => {
-            let stored =
-                (Destination::ConfigMap(name.to_owned()), Placed::ConfigMap(name.to_owned()));
+            let stored = (Destination::ConfigMap(name.to_owned()), Placed::ConfigMap(name.to_owned()));
             Done::Yes(Merged::Done(merger.tally(Some(stored))))
         }
         output::Done::Blocked(problem) => Done::Blocked(problem),
@@ -503,9 +502,11 @@ mod tests {
     #[test]
     fn what_parts_counted_is_summed_whether_their_jobs_are_there_or_not() {
         let manifest = |succeeded: i64, joined: bool| -> Manifest {
-            serde_json::from_value(json!({"requests": {"succeeded": succeeded, "failed": 1}, "joined": joined,
+            serde_json::from_value(
+                json!({"requests": {"succeeded": succeeded, "failed": 1}, "joined": joined,
                 "usage": {"promptTokens": 1, "outputTokens": 2, "totalTokens": 3},
-                "unmatchedLines": {"duplicate": 1, "foreign": 2, "malformed": 3}}))
+                "unmatchedLines": {"duplicate": 1, "foreign": 2, "malformed": 3}}),
+            )
             .unwrap()
         };
         let mut merger = Merger::default();
@@ -514,7 +515,10 @@ mod tests {
         merger.unlisted(5);
         merger.add(2, "job-0002", None, Some(&manifest(3, true)));
         assert_eq!((merger.succeeded, merger.failed, merger.unlisted, merger.any), (5, 2, 5, true));
-        assert_eq!((merger.unmatched.duplicate, merger.unmatched.foreign, merger.unmatched.malformed), (2, 4, 6));
+        assert_eq!(
+            (merger.unmatched.duplicate, merger.unmatched.foreign, merger.unmatched.malformed),
+            (2, 4, 6)
+        );
         assert_eq!((merger.usage.total_tokens, merger.shards.lines().count()), (6, 3));
         assert!(!merger.some_not_joined);
         merger.add(3, "job-0003", None, Some(&manifest(0, false)));

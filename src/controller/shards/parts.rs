@@ -14,9 +14,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::{Hold, Known, Slot, child, child_name, desired, part_of, recorded};
-use crate::api::{
-    GeminiBatchJob, JOB_NAME_ANNOTATION, PARENT_UID_ANNOTATION, StoredObject, Usage,
-};
+use crate::api::{GeminiBatchJob, JOB_NAME_ANNOTATION, PARENT_UID_ANNOTATION, StoredObject, Usage};
 use crate::controller::destination::Destination;
 use crate::controller::output::{self, Text};
 use crate::controller::output_store::{Shelf, Shelves};
@@ -168,21 +166,17 @@ pub fn is_part(parent: &GeminiBatchJob, child: &str, map: &ConfigMap) -> bool {
 }
 
 async fn in_store(parent: &GeminiBatchJob, child: String, shelf: Shelf) -> Result<Option<Part>, Failure> {
-    let manifest = read_manifest(parent, &child, &shelf).await?;
+    let there = shelf.catalogue().await?;
+    let manifest = there.and_then(|there| manifest_of(parent, &child, there));
     Ok(manifest.map(|manifest| Part { manifest, lines: Lines::Objects(shelf) }))
 }
 
 /// The manifest of a part's results, if they are of that child of that very parent.
-async fn read_manifest(
-    parent: &GeminiBatchJob,
-    child: &str,
-    shelf: &Shelf,
-) -> Result<Option<Manifest>, Failure> {
-    let Some(catalogue) = shelf.catalogue().await? else { return Ok(None) };
-    let says = |at: &str| catalogue.pointer(at).and_then(Value::as_str);
+fn manifest_of(parent: &GeminiBatchJob, child: &str, there: Value) -> Option<Manifest> {
+    let says = |at: &str| there.pointer(at).and_then(Value::as_str);
     let is_ours = says("/parentUid").is_some_and(|uid| Some(uid) == parent.metadata.uid.as_deref())
         && says("/job/name") == Some(child);
-    Ok(is_ours.then(|| serde_json::from_value(catalogue).unwrap_or_default()))
+    is_ours.then(|| serde_json::from_value(there).unwrap_or_default())
 }
 
 /// Gives the keys of a part that has stored nothing to `take`, which says whether to go on. How many requests it has, and
@@ -268,8 +262,12 @@ async fn drop_map(
 }
 
 async fn drop_objects(parent: &GeminiBatchJob, child: String, shelf: Shelf) -> Result<(), Failure> {
-    match read_manifest(parent, &child, &shelf).await? {
-        Some(manifest) => shelf.empty(&manifest.objects).await,
-        None => Ok(()),
+    match shelf.catalogue().await? {
+        Some(there) => match manifest_of(parent, &child, there) {
+            Some(manifest) => shelf.empty(&manifest.objects).await,
+            None => Ok(()),
+        },
+        // Its job could not give it back.
+        None => shelf.withdraw(&child).await,
     }
 }

@@ -13,7 +13,7 @@ use super::Action as Step;
 use super::plan::{Limits, of_content};
 use super::*;
 use crate::api::conditions::{FINISHED, READY, STALLED};
-use crate::api::{FINALIZER, Reason, RequestCounts};
+use crate::api::{DeletionPolicy, FINALIZER, Reason, RequestCounts};
 use crate::controller::decide::{Action, Change, Decision, Gate, Observed, Wake, decide};
 use crate::controller::destination::{Destination, Placed};
 use crate::controller::memory::{Memory, OutputObject};
@@ -622,6 +622,13 @@ fn a_parent_that_is_deleted_takes_its_children_first() {
         )
     };
     assert_eq!(observed(&world), Decision::Act(Action::Shards(Step::Delete { indices: vec![0, 1, 2] })));
+    // They are told first what becomes of their batches, and not stopped on the way to being left alone.
+    for (policy, stopped) in [(DeletionPolicy::Orphan, false), (DeletionPolicy::Delete, true)] {
+        world.parent.spec.deletion_policy = Some(policy);
+        let told = Step::Sync { indices: vec![0, 1, 2], stopped };
+        assert_eq!(observed(&world), Decision::Act(Action::Shards(told)), "{policy:?}");
+    }
+    world.parent.spec.deletion_policy = None;
     world.memory.shards.going = (0..3).collect();
     let Decision::Wait { wake: Wake::At(deadline), .. } = observed(&world) else {
         panic!("it waits for them")
