@@ -127,10 +127,12 @@ impl<'a> Situation<'a> {
         if !self.goes_on() {
             return None;
         }
-        let in_flight = self.children().filter(|(_, child)| !decide::is_finished(child)).count();
+        // Behind one that was deleted before it was recorded there may be others, which are held until it is there again.
+        let first = self.created();
+        let in_flight =
+            self.children().filter(|(index, child)| *index < first && !decide::is_finished(child)).count();
         let most = self.parent.spec.sharding.as_ref().map_or(0, |s| s.max_in_flight);
         let room = usize::try_from(most).unwrap_or(0).saturating_sub(in_flight).min(AT_ONCE);
-        let first = self.created();
         let count = self.indices().skip(first).take(room).count();
         (count > 0).then_some((first, count))
     }
