@@ -78,7 +78,8 @@ pub async fn lines(
     mut take: impl FnMut(Line<'_>) -> io::Result<()>,
 ) -> Result<Option<ResultFile>, Error> {
     let mut stored_up_to = 0;
-    if let Some(Destination::Store(at)) = Destination::of(job) {
+    let begun = job.status.as_ref().is_some_and(|s| !s.attempts.is_empty());
+    if let Some(Destination::Store(at)) = Destination::of(job).filter(|_| begun) {
         match published(ctx, job, &at, &mut take).await? {
             Some((up_to, file)) if up_to >= decide::attempt_at_hand(job) => return Ok(Some(file)),
             Some((up_to, _)) => stored_up_to = up_to,

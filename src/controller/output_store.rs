@@ -152,6 +152,8 @@ pub struct Shelf {
     /// As the job has it, for messages.
     uri: String,
     owner: Owner,
+    /// Reservations of which one is there if the job has any.
+    proofs: Vec<Path>,
 }
 
 impl Shelf {
@@ -183,7 +185,8 @@ impl Shelf {
     }
 
     fn within(store: Arc<Store>, root: Location, job: &GeminiBatchJob, at: &ObjectStoreOutput) -> Self {
-        Self { store, root, uri: at.uri.trim_end_matches('/').to_owned(), owner: Owner::of(job) }
+        let proofs = vec![root.path.clone().join(RESERVATION)];
+        Self { store, root, uri: at.uri.trim_end_matches('/').to_owned(), owner: Owner::of(job), proofs }
     }
 
     fn path(&self, name: &str) -> Path {
@@ -192,7 +195,32 @@ impl Shelf {
     }
 
     async fn fetch(&self, name: &str) -> Result<Option<(Bytes, Version)>, Failure> {
-        self.store.fetch(&self.path(name), MAX_MANIFEST_BYTES).await.map_err(|e| failure(&e))
+        match self.store.fetch(&self.path(name), MAX_MANIFEST_BYTES).await {
+            Err(refused) => self.unless_absent(refused).await.map(|()| None),
+            Ok(there) => Ok(there),
+        }
+    }
+
+    /// An object, if it is there.
+    async fn head(&self, name: &str) -> Result<Option<Object>, Failure> {
+        match self.store.head(&self.path(name)).await {
+            Ok(object) => Ok(Some(object)),
+            Err(e) if e.kind == Kind::NotFound => Ok(None),
+            Err(refused) => self.unless_absent(refused).await.map(|()| None),
+        }
+    }
+
+    /// Whether the object that this was said about does not exist. To whoever may not list the bucket S3 does not tell that:
+    /// it refuses. Whoever can read a reservation of the same job is not refused.
+    async fn unless_absent(&self, refused: store::Error) -> Result<(), Failure> {
+        if refused.kind == Kind::Denied {
+            for proof in &self.proofs {
+                if let Ok(Some(_)) = self.store.fetch(proof, MAX_MANIFEST_BYTES).await {
+                    return Ok(());
+                }
+            }
+        }
+        Err(failure(&refused))
     }
 
     async fn put(&self, name: &str, content: &Value, expect: Expect<'_>) -> Result<Put, Failure> {
@@ -217,6 +245,21 @@ impl Shelf {
                 ))
             }
             Err(_) => Err(self.conflict(MANIFEST_KEY, "has a manifest that is not this operator's")),
+        }
+    }
+
+    /// The manifest as above, where perhaps nothing was written yet, so that nothing can be read to tell a refusal from
+    /// absence: then the reservation is written blindly, which overwrites nothing.
+    async fn first_look(&self) -> Result<Option<(Manifest, Version)>, Failure> {
+        match self.manifest().await {
+            Err(refused) if is_refusal(&refused) => {
+                let mine = json!(Reservation { job: self.owner.clone(), writing: None });
+                if self.put(RESERVATION, &mine, Expect::Absent).await? == Put::Occupied {
+                    return Err(refused);
+                }
+                self.manifest().await
+            }
+            other => other,
         }
     }
 
@@ -304,11 +347,21 @@ impl Shelves {
     ) -> Result<Shelf, Failure> {
         let root = Location::directory(&at.uri, "spec.output.objectStore.uri").map_err(|e| failure(&e))?;
         let store = ObjectStoreOutput { uri: root.root(), ..at.clone() };
-        if let Some((_, open)) = self.0.iter().find(|(known, _)| *known == store) {
-            return Ok(Shelf::within(Arc::clone(open), root, job, at));
-        }
-        let shelf = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
-        self.0.push((store, Arc::clone(&shelf.store)));
+        let open = self.0.iter().find(|(known, _)| *known == store).map(|(_, open)| Arc::clone(open));
+        let mut shelf = match open {
+            Some(open) => Shelf::within(open, root, job, at),
+            None => {
+                let shelf = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
+                self.0.push((store, Arc::clone(&shelf.store)));
+                shelf
+            }
+        };
+        // A part that ended without results has given its own back.
+        let own = job.spec.output.as_ref().and_then(|output| output.object_store.as_ref());
+        let own = own.and_then(|own| Location::directory(&own.uri, FIELD).ok());
+        shelf
+            .proofs
+            .extend(own.filter(|own| own.root() == shelf.root.root()).map(|own| own.path.join(RESERVATION)));
         Ok(shelf)
     }
 }
@@ -323,13 +376,8 @@ impl Shelf {
 
     /// Reads an object that the manifest names to its end, and is sure that it is that.
     pub async fn copy(&self, named: &StoredObject, sink: &mut Sink<'_>) -> Result<(), Failure> {
-        let path = self.path(&named.name);
-        let object = match self.store.head(&path).await {
-            Ok(there) if i64::try_from(there.size).is_ok_and(|size| size == named.bytes) => there,
-            Ok(_) => return Err(self.differs(named)),
-            Err(e) if e.kind == Kind::NotFound => return Err(self.differs(named)),
-            Err(e) => return Err(failure(&e)),
-        };
+        let there = self.head(&named.name).await?.filter(|there| is_as_named(there, named));
+        let object = there.ok_or_else(|| self.differs(named))?;
         let (mut reader, mut hash) = (self.store.read(&object), Sha256::new());
         while let Some(bytes) = reader.next().await.map_err(|e| failure(&e))? {
             hash.update(&bytes);
@@ -419,6 +467,14 @@ impl<'a> Sink<'a> {
     }
 }
 
+fn is_refusal(failure: &Failure) -> bool {
+    matches!(failure, Failure::Problem { problem, .. } if problem.reason == Reason::StoreAccessDenied)
+}
+
+fn is_as_named(there: &Object, named: &StoredObject) -> bool {
+    i64::try_from(there.size).is_ok_and(|size| size == named.bytes)
+}
+
 fn number(n: usize) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
@@ -466,7 +522,7 @@ pub async fn reserve(
 ) -> Result<Done<()>, kube::Error> {
     in_time(async {
         let place = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
-        let manifest = place.manifest().await?;
+        let manifest = place.first_look().await?;
         place.claim(manifest.as_ref().map(|(m, _)| m), None).await
     })
     .await
@@ -518,7 +574,7 @@ pub async fn published(
     at: &ObjectStoreOutput,
 ) -> Result<Option<Published>, Failure> {
     let place = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
-    let Some((manifest, _)) = place.manifest().await? else { return Ok(None) };
+    let Some((manifest, _)) = place.first_look().await? else { return Ok(None) };
     let mut found = Vec::new();
     for name in ["results.jsonl", "unmatched.jsonl"] {
         let stored = manifest.objects.iter().find(|o| o.name.rsplit('/').next() == Some(name));
@@ -526,15 +582,10 @@ pub async fn published(
             found.push(None);
             continue;
         };
-        match place.store.head(&place.path(&stored.name)).await {
-            Ok(object) if i64::try_from(object.size).is_ok_and(|size| size == stored.bytes) => {
-                found.push(Some(object));
-            }
-            // Without them the manifest is worth nothing.
-            Ok(_) => return Ok(None),
-            Err(e) if e.kind == Kind::NotFound => return Ok(None),
-            Err(e) => return Err(failure(&e)),
-        }
+        // Without them the manifest is worth nothing.
+        let there = place.head(&stored.name).await?.filter(|there| is_as_named(there, stored));
+        let Some(object) = there else { return Ok(None) };
+        found.push(Some(object));
     }
     let unmatched = found.pop().flatten();
     let results = found.pop().flatten();
@@ -600,7 +651,7 @@ impl Delivery {
 
     async fn publish(&self) -> Result<StoredOutput, Failure> {
         let place = Shelf::open(&self.ctx.client, &self.ctx.stores, &self.job, &self.at).await?;
-        let before = place.manifest().await?;
+        let before = place.first_look().await?;
         let stored = |manifest: Manifest| StoredOutput {
             manifest: place.store.uri(&place.path(MANIFEST_KEY)),
             objects: manifest.objects,
@@ -646,11 +697,8 @@ impl Delivery {
     /// Whether all that the manifest names is there.
     async fn is_whole(&self, place: &Shelf, manifest: &Manifest) -> Result<bool, Failure> {
         for object in &manifest.objects {
-            match place.store.head(&place.path(&object.name)).await {
-                Ok(there) if i64::try_from(there.size).is_ok_and(|size| size == object.bytes) => {}
-                Ok(_) => return Ok(false),
-                Err(e) if e.kind == Kind::NotFound => return Ok(false),
-                Err(e) => return Err(failure(&e)),
+            if !place.head(&object.name).await?.is_some_and(|there| is_as_named(&there, object)) {
+                return Ok(false);
             }
         }
         Ok(true)

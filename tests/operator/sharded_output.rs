@@ -140,6 +140,21 @@ async fn a_store_that_breaks_before_the_whole_is_written_gets_it_once_it_is_repa
     }
 }
 
+/// A shard without results leaves nothing that could be read, and S3 refuses to tell that there is nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_has_to_allow_listing_the_bucket() {
+    let (env, s3, proxy) = with_proxy().await;
+    proxy.set(Fault::NoListing);
+    env.operator().await;
+    put_input(&env, &["hello", "[[sim:job=fail]]", "hello"]).await;
+    env.create("job", spec(1, 3, &proxy.endpoint(), json!({}))).await;
+    let job = env.cleaned("job").await;
+    assert_eq!((state(&job), counts(&job)), ("Failed", (3, 2, 1)), "{:?}", ready(&job));
+    let found = whole(&s3, &job).await;
+    assert_eq!(keys_of(&found, "results.jsonl"), ["k000", "k002"]);
+    assert_eq!(keys_of(&found, "missing.jsonl"), ["k001"]);
+}
+
 /// What a reader finds by the manifest of a shard is what that shard wrote, or the job says that it is not.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_results_of_a_shard_that_somebody_damaged_are_not_taken_for_its_own() {

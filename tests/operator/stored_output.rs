@@ -323,6 +323,31 @@ async fn a_place_that_cannot_be_written_costs_nothing_and_is_used_once_it_can() 
     assert_eq!(env.count(Op::BatchCreate), 3);
 }
 
+/// The least that docs/inputs-and-results.md asks for: S3 refuses to tell what does not exist then.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_has_to_allow_listing_the_bucket() {
+    let (env, s3, proxy) = with_proxy().await;
+    proxy.set(Fault::NoListing);
+    env.operator().await;
+    // Two attempts, neither of which stores anything.
+    let spec = |prompts: &[&str]| {
+        with(to_s3(spec(prompts, None), &proxy.endpoint(), PLACE), json!({"backoffLimit": 1}))
+    };
+    env.create("none", spec(&["a [[sim:job=expire]]"])).await;
+    let job = env.cleaned("none").await;
+    assert_eq!((ready(&job).1.as_str(), env.count(Op::BatchCreate)), ("BatchExpired", 2));
+    assert!(s3.names().await.is_empty(), "the place is given back");
+    env.create("job", spec(&["a", "b"])).await;
+    let job = env.cleaned("job").await;
+    assert_eq!((state(&job), counts(&job)), ("Succeeded", (2, 2, 0)), "{:?}", ready(&job));
+    assert_eq!(keys(&read(&s3, PLACE, &job).await[0].1), ["k1", "k2"]);
+    // Who may not read either is still told so.
+    proxy.set(Fault::Status(403));
+    env.create("other", spec(&["a"])).await;
+    waits_for(&env, "other", "StoreAccessDenied").await;
+    assert_eq!(env.count(Op::BatchCreate), 3);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_elses_place_is_ever_written_to() {
     let (env, s3) = with_s3().await;

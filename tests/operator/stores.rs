@@ -392,6 +392,8 @@ pub enum Fault {
     BytesPerSecond(usize),
     /// Connections are closed at once.
     Refuse,
+    /// What does not exist is refused, as S3 does to whoever may not list the bucket.
+    NoListing,
 }
 
 #[derive(Default)]
@@ -510,6 +512,12 @@ async fn forward(
             }
             Fault::BytesPerSecond(rate) => {
                 tokio::time::sleep(Duration::from_micros((n * 1_000_000 / rate) as u64)).await;
+            }
+            Fault::NoListing => {
+                if let Some(code) = part.strip_prefix(b"HTTP/1.1 404") {
+                    to_client.write_all(b"HTTP/1.1 403").await?;
+                    part = code;
+                }
             }
             Fault::Status(_) | Fault::Refuse => return Ok(()),
         }
