@@ -466,16 +466,22 @@ impl Delivery {
         let put = place.put(MANIFEST_KEY, &content, expect).await;
         crash::at("publish", MANIFEST_KEY);
         // Whatever the answer was: what stands there counts.
-        let there = place.manifest().await?;
-        match there {
-            Some((manifest, _)) if manifest.objects == objects => Ok(stored(manifest)),
+        let there = place.manifest().await?.map(|(manifest, _)| manifest);
+        // It may have been cleared away in between by a process that saw no manifest yet.
+        let whole = match &there {
+            Some(manifest) => self.is_whole(&place, manifest).await?,
+            None => false,
+        };
+        match &there {
+            Some(manifest) if whole && manifest.objects == objects => Ok(stored(manifest.clone())),
             // Another process was faster.
-            Some((manifest, _)) if manifest.attempt >= self.attempt => {
-                place.clear(&writing, Some(&manifest)).await;
-                Ok(stored(manifest))
+            Some(manifest) if whole && manifest.attempt >= self.attempt => {
+                place.clear(&writing, Some(manifest)).await;
+                Ok(stored(manifest.clone()))
             }
             _ => {
-                place.clear(&writing, None).await;
+                // What is published, though, is not taken back.
+                place.clear(&writing, there.as_ref()).await;
                 Err(put.err().unwrap_or(Failure::Changed))
             }
         }

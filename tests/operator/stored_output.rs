@@ -420,6 +420,26 @@ async fn a_store_that_fails_in_the_midst_of_it_gets_all_of_it_in_the_end() {
     assert_eq!(env.count(Op::BatchCreate), 1);
 }
 
+/// It takes what comes and never answers, or does not even take it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_falls_silent_in_the_midst_of_it_gets_all_of_it_in_the_end() {
+    for fault in [Fault::StallAfter(0), Fault::Deaf] {
+        let (env, s3, proxy) = with_proxy().await;
+        env.operator().await;
+        let seen = proxy.requests();
+        env.create("job", to_s3(spec(&["[[sim:big=300000]]"; 40], None), &proxy.endpoint(), PLACE)).await;
+        crate::lifecycle::until("the first part on its way", || proxy.requests() > seen + 100).await;
+        proxy.set(fault);
+        let (_, _, message) = ready(&waits_for(&env, "job", "StoreUnavailable").await);
+        assert!(message.contains("does not answer in time"), "{fault:?}: {message}");
+        proxy.set(Fault::None);
+        let job = env.cleaned("job").await;
+        assert_eq!((state(&job), counts(&job)), ("Succeeded", (40, 40, 0)), "{fault:?}: {:?}", ready(&job));
+        assert_eq!(read(&s3, PLACE, &job).await[0].1.len(), 40);
+        assert_eq!(env.count(Op::BatchCreate), 1);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_too_large_for_a_config_map_may_go_to_a_store() {
     let (env, s3) = with_s3().await;
@@ -517,6 +537,30 @@ async fn of_two_that_write_at_the_same_time_one_publishes() {
     read(&s3, PLACE, &job).await;
     assert_eq!(s3.names().await.len(), 4, "{:?}", s3.names().await);
     assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (1, 1));
+}
+
+/// It wakes up late and publishes what its successor has cleared away already: that is no result, and is replaced.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manifest_of_objects_that_were_cleared_away_is_replaced() {
+    let (env, s3) = with_s3().await;
+    let process = env.spawn_in(&[("GBO_STOP_AT", "publish:claimed")], &[]);
+    env.create("job", to_s3(spec(&["a", "b"], None), &s3.endpoint(), PLACE)).await;
+    let stat = format!("/proc/{}/stat", process.id());
+    let stopped = || std::fs::read_to_string(&stat).unwrap().contains(") T ");
+    crate::lifecycle::until("stopped when it has claimed the place", stopped).await;
+    let job = env.jobs().get("job").await.unwrap();
+    let uid = job.metadata.uid.clone().unwrap();
+    let late = json!({
+        "job": {"namespace": env.namespace, "name": "job", "uid": uid},
+        "attempt": 1,
+        "objects": [{"name": format!("{uid}-1-late/results.jsonl"), "bytes": 7, "lines": 1, "sha256": hex(b"gone")}],
+    });
+    s3.put(&format!("{PLACE}/manifest.json"), late.to_string()).await;
+    signal(&process, "CONT");
+    let job = env.cleaned("job").await;
+    assert_eq!((state(&job), counts(&job)), ("Succeeded", (2, 2, 0)), "{:?}", ready(&job));
+    assert_eq!(keys(&read(&s3, PLACE, &job).await[0].1), ["k1", "k2"]);
+    assert_eq!((env.count(Op::BatchCreate), s3.names().await.len()), (1, 3), "{:?}", s3.names().await);
 }
 
 /// Dies at the step and starts again: the same result, paid once, and nothing is left over.
