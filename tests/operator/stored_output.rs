@@ -440,6 +440,31 @@ async fn a_store_that_falls_silent_in_the_midst_of_it_gets_all_of_it_in_the_end(
     }
 }
 
+/// Many batches end at the same time, as after an outage of the operator.
+#[tokio::test(flavor = "multi_thread")]
+async fn results_that_wait_for_their_turn_take_no_memory() {
+    const COUNT: usize = 60;
+    let (env, s3) = with_s3().await;
+    let process = env.spawn_in(&[], &["--transfers=1"]);
+    env.create("small", to_s3(spec(&["a"], None), &s3.endpoint(), "small")).await;
+    env.cleaned("small").await;
+    let idle = memory(process.id(), "VmRSS");
+    for i in 0..COUNT {
+        let place = format!("place-{i}");
+        let prompts = ["[[sim:work=9000000]] [[sim:big=1500000]]"];
+        env.create(&place, to_s3(spec(&prompts, None), &s3.endpoint(), &place)).await;
+    }
+    crate::lifecycle::until("all at Gemini", || env.sim.batches().len() == COUNT + 1).await;
+    for batch in env.sim.batches().iter().filter(|b| b.state == "RUNNING" || b.state == "PENDING") {
+        assert!(env.sim.finish(&batch.name, gemini_simulator::Outcome::Succeeded));
+    }
+    for i in 0..COUNT {
+        assert_eq!(state(&env.cleaned(&format!("place-{i}")).await), "Succeeded");
+    }
+    let peak = memory(process.id(), "VmHWM");
+    assert!(peak <= idle + 64, "{idle} MiB at rest, {peak} MiB at most");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_too_large_for_a_config_map_may_go_to_a_store() {
     let (env, s3) = with_s3().await;
