@@ -2,6 +2,7 @@
 
 use gemini_batch_operator::api::{GeminiBatchJob, StoredObject, conditions};
 use gemini_simulator::{Config, Effect, Fault as Planted, Op, Switches};
+use k8s_openapi::api::core::v1::Secret;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
@@ -398,6 +399,111 @@ async fn paid_results_wait_for_a_broken_store_and_are_stored_once_it_is_back() {
         assert_eq!(keys(&read(&s3, PLACE, &job).await[0].1), ["k1", "k2"]);
         assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (1, 1), "{fault:?}");
     }
+}
+
+/// The same faults with the other kinds of stores, for input and output at once: each is said, and the job goes on.
+async fn fails_as_well(server: &Server, port: u16, path: &str, root: &str, secret: Value) {
+    let proxy = Proxy::to(port, Fault::None).await;
+    let endpoint = format!("{}{path}", proxy.endpoint());
+    let env = env_for(&endpoint, &[]).await;
+    env.operator().await;
+    env.secret("theirs", &secret).await;
+    server.put("in", line("k1", "a [[sim:work=9000000]]")).await;
+    let store = |place: &str| json!({"uri": format!("{root}/{place}"), "credentialsRef": {"name": "theirs"}, "endpoint": endpoint});
+    let faults = [
+        (Fault::Status(503), "StoreUnavailable", "HTTP 503"),
+        (Fault::Refuse, "StoreUnavailable", "broke off"),
+        (Fault::CutAfter(20), "StoreUnavailable", "broke off"),
+        (Fault::StallAfter(0), "StoreUnavailable", "in time"),
+        (Fault::Status(403), "StoreAccessDenied", "credentialsRef"),
+    ];
+    for (i, (fault, reason, says)) in faults.into_iter().enumerate() {
+        let name = format!("job-{i}");
+        let waits = async |at: &str| {
+            let (_, _, message) = ready(&waits_for(&env, &name, reason).await);
+            assert!(message.contains(says), "{at} {fault:?}: {message}");
+        };
+        proxy.set(fault);
+        let input = with_input(json!({"objectStore": store("in")}), None);
+        env.create(&name, with(input, json!({"output": {"objectStore": store(&name)}}))).await;
+        waits("before").await;
+        assert_eq!(env.sim.batches().len(), i, "{fault:?}");
+        proxy.set(Fault::None);
+        env.until(&name, "running", |j| state(j) == "Running").await;
+        proxy.set(fault);
+        assert!(
+            env.sim.finish(&env.sim.batches().last().unwrap().name, gemini_simulator::Outcome::Succeeded)
+        );
+        waits("after").await;
+        // Slow is no fault.
+        proxy.set(Fault::BytesPerSecond(20_000));
+        let job = env.cleaned(&name).await;
+        proxy.set(Fault::None);
+        assert_eq!((state(&job), counts(&job)), ("Succeeded", (1, 1, 0)), "{fault:?}: {:?}", ready(&job));
+        assert_eq!(keys(&read(server, &name, &job).await[0].1), ["k1"]);
+        assert_eq!(env.count(Op::BatchCreate), i + 1, "{fault:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cloud_storage_fails_as_well() {
+    let gcs = Server::gcs().await;
+    let xml = XmlApi::before(&gcs).await;
+    let secret = json!({"serviceAccountKey": no_oauth()});
+    fails_as_well(&gcs, xml.port, "", &format!("gs://{BUCKET}"), secret).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blob_storage_fails_as_well() {
+    let az = Server::az().await;
+    let (path, root) = (format!("/{AZURITE}"), format!("az://{AZURITE}/{BUCKET}"));
+    fails_as_well(&az, az.port, &path, &root, json!({"accountKey": AZURITE_KEY})).await;
+}
+
+/// What was good when the batch was paid for, and is not any more when its results come.
+#[tokio::test(flavor = "multi_thread")]
+async fn paid_results_wait_until_somebody_has_repaired_the_store() {
+    let (env, mut s3) = with_s3().await;
+    env.operator().await;
+    let bucket = s3.dir.path().join(format!("data/{BUCKET}"));
+    let aside = s3.dir.path().join("aside");
+    for fault in ["read-only", "no-bucket", "wrong-key", "no-secret"] {
+        env.create(fault, to_s3(spec(&["a [[sim:work=9000000]]"], None), &s3.endpoint(), fault)).await;
+        env.until(fault, "running", |j| state(j) == "Running").await;
+        let (reason, says) = match fault {
+            "read-only" => {
+                s3.restart(true);
+                ("StoreAccessDenied", "read and write objects")
+            }
+            "no-bucket" => {
+                std::fs::rename(&bucket, &aside).unwrap();
+                ("OutputNotWritable", "does not exist: create it")
+            }
+            "wrong-key" => {
+                env.secret("store", &json!({"accessKeyId": ACCESS_KEY, "secretAccessKey": "x"})).await;
+                ("StoreAccessDenied", "SignatureDoesNotMatch")
+            }
+            _ => {
+                let secrets: kube::Api<Secret> = kube::Api::namespaced(env.client.clone(), &env.namespace);
+                secrets.delete("store", &kube::api::DeleteParams::default()).await.unwrap();
+                ("CredentialsNotFound", "Secret store does not exist")
+            }
+        };
+        assert!(
+            env.sim.finish(&env.sim.batches().last().unwrap().name, gemini_simulator::Outcome::Succeeded)
+        );
+        let (_, _, message) = ready(&env.stalled(fault, reason).await);
+        assert!(message.contains(says) && message.contains("Gemini keeps the results"), "{fault}: {message}");
+        match fault {
+            "read-only" => s3.restart(false),
+            "no-bucket" => std::fs::rename(&aside, &bucket).unwrap(),
+            _ => env.secret("store", &s3_secret()).await,
+        }
+        let job = env.cleaned(fault).await;
+        assert_eq!((state(&job), counts(&job)), ("Succeeded", (1, 1, 0)), "{fault}: {:?}", ready(&job));
+        assert_eq!(keys(&read(&s3, fault, &job).await[0].1), ["k1"]);
+    }
+    assert_eq!(env.count(Op::BatchCreate), 4);
 }
 
 /// In the midst of a large object.

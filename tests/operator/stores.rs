@@ -419,11 +419,15 @@ impl Drop for Proxy {
 
 impl Proxy {
     pub async fn before(server: &Server, fault: Fault) -> Self {
+        Self::to(server.port, fault).await
+    }
+
+    pub async fn to(upstream: u16, fault: Fault) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", free_port())).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let fault = Arc::new(Mutex::new(fault));
         let counts = Arc::new(Counts::default());
-        let (shared, counted, upstream) = (Arc::clone(&fault), Arc::clone(&counts), server.port);
+        let (shared, counted) = (Arc::clone(&fault), Arc::clone(&counts));
         let task = tokio::spawn(async move {
             loop {
                 let Ok((client, _)) = listener.accept().await else { return };
