@@ -141,7 +141,8 @@ pub(super) fn of(error: &object_store::Error, host: &str, uri: &str, field: &str
                 if reads {
                     "read it (and to list the bucket, for a prefix)"
                 } else {
-                    "read and write objects below that place"
+                    "read and write objects below that place (and to list the bucket: else what does not exist yet is \
+                     refused as well)"
                 }
             ),
         )
