@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use kube::{Client, ResourceExt as _};
+use kube::ResourceExt as _;
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -31,7 +31,7 @@ use super::run::Context;
 use super::stored::{self, Failure, Place};
 use crate::api::{GeminiBatchJob, ObjectStoreOutput, Reason, StoredObject, StoredOutput, Usage};
 use crate::crash;
-use crate::store::{self, Expect, Kind, Location, Object, Purpose, Put, Store, Stores, Version};
+use crate::store::{self, Expect, Kind, Location, Object, Purpose, Put, Store, Version};
 
 /// Where it stands in the job, for messages.
 const FIELD: &str = "spec.output.objectStore";
@@ -57,14 +57,18 @@ pub enum Done<T> {
 /// Whose place it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Owner {
+    /// The same manifests are often applied to several clusters.
+    #[serde(default)]
+    cluster: String,
     namespace: String,
     name: String,
     uid: String,
 }
 
 impl Owner {
-    fn of(job: &GeminiBatchJob) -> Self {
+    fn of(ctx: &Context, job: &GeminiBatchJob) -> Self {
         Self {
+            cluster: ctx.ring().cluster_id.clone(),
             namespace: job.namespace().unwrap_or_default(),
             name: job.name_any(),
             uid: job.uid().unwrap_or_default(),
@@ -73,7 +77,17 @@ impl Owner {
 
     /// A predecessor of the same name, which has been deleted.
     fn succeeds(&self, other: &Self) -> bool {
-        self.namespace == other.namespace && self.name == other.name
+        self.cluster == other.cluster && self.namespace == other.namespace && self.name == other.name
+    }
+
+    /// For messages.
+    fn told_to(&self, asker: &Self) -> String {
+        let Self { cluster, namespace, name, .. } = self;
+        if *cluster == asker.cluster {
+            format!("{name} in namespace {namespace}")
+        } else {
+            format!("{name} in namespace {namespace} of another cluster ({cluster})")
+        }
     }
 }
 
@@ -153,12 +167,7 @@ struct Shelf {
 }
 
 impl Shelf {
-    async fn open(
-        client: &Client,
-        stores: &Stores,
-        job: &GeminiBatchJob,
-        at: &ObjectStoreOutput,
-    ) -> Result<Self, Failure> {
+    async fn open(ctx: &Context, job: &GeminiBatchJob, at: &ObjectStoreOutput) -> Result<Self, Failure> {
         let root = Location::directory(&at.uri, "spec.output.objectStore.uri").map_err(|e| failure(&e))?;
         let place = Place {
             field: FIELD,
@@ -168,7 +177,7 @@ impl Shelf {
             region: at.region.as_deref(),
         };
         let namespace = job.namespace().unwrap_or_default();
-        let store = match stored::open(client, stores, &namespace, &root, &place).await {
+        let store = match stored::open(&ctx.client, &ctx.stores, &namespace, &root, &place).await {
             Ok(store) => store,
             // What is wrong with the job's words for an input is wrong with these for an output.
             Err(Failure::Problem { problem, .. }) if problem.reason == Reason::InputInvalid => {
@@ -177,7 +186,7 @@ impl Shelf {
             }
             Err(other) => return Err(other),
         };
-        Ok(Self { store, root, uri: at.uri.trim_end_matches('/').to_owned(), owner: Owner::of(job) })
+        Ok(Self { store, root, uri: at.uri.trim_end_matches('/').to_owned(), owner: Owner::of(ctx, job) })
     }
 
     fn path(&self, name: &str) -> Path {
@@ -204,11 +213,8 @@ impl Shelf {
                 "holds the results of an earlier job of the same name, which has been deleted",
             )),
             Ok(manifest) => {
-                let Owner { namespace, name, .. } = manifest.job;
-                Err(self.conflict(
-                    MANIFEST_KEY,
-                    &format!("holds the results of another job, {name} in namespace {namespace}"),
-                ))
+                let whose = manifest.job.told_to(&self.owner);
+                Err(self.conflict(MANIFEST_KEY, &format!("holds the results of another job, {whose}")))
             }
             Err(_) => Err(self.conflict(MANIFEST_KEY, "has a manifest that is not this operator's")),
         }
@@ -244,11 +250,8 @@ impl Shelf {
                     there.writing
                 }
                 Ok(there) => {
-                    let Owner { namespace, name, .. } = there.job;
-                    return Err(self.conflict(
-                        RESERVATION,
-                        &format!("is reserved for another job, {name} in namespace {namespace}"),
-                    ));
+                    let whose = there.job.told_to(&self.owner);
+                    return Err(self.conflict(RESERVATION, &format!("is reserved for another job, {whose}")));
                 }
                 Err(_) => {
                     return Err(self.conflict(RESERVATION, "has a reservation that is not this operator's"));
@@ -322,7 +325,7 @@ pub async fn reserve(
     at: &ObjectStoreOutput,
 ) -> Result<Done<()>, kube::Error> {
     in_time(async {
-        let place = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
+        let place = Shelf::open(ctx, job, at).await?;
         let manifest = place.manifest().await?;
         place.claim(manifest.as_ref().map(|(m, _)| m), None).await
     })
@@ -337,7 +340,7 @@ pub async fn release(
     at: &ObjectStoreOutput,
 ) -> Result<Done<()>, kube::Error> {
     in_time(async {
-        let place = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
+        let place = Shelf::open(ctx, job, at).await?;
         if place.manifest().await?.is_some() {
             return Ok(());
         }
@@ -374,7 +377,7 @@ pub async fn published(
     job: &GeminiBatchJob,
     at: &ObjectStoreOutput,
 ) -> Result<Option<Published>, Failure> {
-    let place = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
+    let place = Shelf::open(ctx, job, at).await?;
     let Some((manifest, _)) = place.manifest().await? else { return Ok(None) };
     let mut found = Vec::new();
     for name in ["results.jsonl", "unmatched.jsonl"] {
@@ -433,7 +436,7 @@ impl Delivery {
     }
 
     async fn publish(&self) -> Result<StoredOutput, Failure> {
-        let place = Shelf::open(&self.ctx.client, &self.ctx.stores, &self.job, &self.at).await?;
+        let place = Shelf::open(&self.ctx, &self.job, &self.at).await?;
         let before = place.manifest().await?;
         let stored = |manifest: Manifest| StoredOutput {
             manifest: place.store.uri(&place.path(MANIFEST_KEY)),
@@ -462,6 +465,7 @@ impl Delivery {
         }
         let mut content = self.manifest.clone();
         content["objects"] = json!(objects);
+        content["job"] = json!(place.owner);
         let expect = before.as_ref().map_or(Expect::Absent, |(_, version)| Expect::Same(version));
         let put = place.put(MANIFEST_KEY, &content, expect).await;
         crash::at("publish", MANIFEST_KEY);

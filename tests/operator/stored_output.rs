@@ -376,6 +376,23 @@ async fn a_reservation_keeps_others_out_and_is_given_back() {
     assert_eq!(env.sim.batches().len(), 1);
 }
 
+/// The same manifests are often applied to several clusters, with the same bucket: what lives in another one is no
+/// predecessor that was deleted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_of_the_same_name_in_another_cluster_is_another_job() {
+    let (env, s3) = with_s3().await;
+    env.operator().await;
+    let job = json!({"cluster": "elsewhere", "namespace": env.namespace, "name": "job", "uid": "another"});
+    s3.put(&format!("{PLACE}/reservation.json"), json!({ "job": job }).to_string()).await;
+    env.create("job", to_s3(spec(&["a"], None), &s3.endpoint(), PLACE)).await;
+    let (_, _, message) = ready(&env.stalled("job", "OutputConflict").await);
+    assert!(message.contains("of another cluster (elsewhere)"), "{message}");
+    assert_eq!(env.sim.batches().len(), 0);
+    s3.delete(&format!("{PLACE}/reservation.json")).await;
+    assert_eq!(state(&env.cleaned("job").await), "Succeeded");
+    assert!(manifest(&s3, PLACE).await["job"]["cluster"].as_str().is_some_and(|id| !id.is_empty()));
+}
+
 // ------------------------------------------------------------------------------------ broken when results are there
 
 #[tokio::test(flavor = "multi_thread")]
