@@ -27,7 +27,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use self::records::{Entry, Found, Key, Kind, Line, Place, Slot};
-pub use self::scratch::Scratch;
+pub use self::scratch::{Lent, Scratch};
 use self::scratch::{Reads, Spool, Table};
 use self::streams::{At, Slots};
 pub use self::streams::{Stream, Streamed, What};
