@@ -244,7 +244,8 @@ pub struct RunArgs {
     pub mapped_output_directories: Vec<(String, PathBuf)>,
 
     /// Bytes of results that may lie in the temporary directory (TMPDIR) at the same time, while they are joined with their
-    /// requests. A result file takes as much as its size and about 200 bytes for each request. Default: 8 GiB.
+    /// requests. A result file takes as much as its size and about 200 bytes for each request; the keys of an input in an
+    /// object store that is being checked take 24 bytes for each, if there are more than half a million. Default: 8 GiB.
     #[arg(long, env = "GBO_TEMPORARY_BYTES", default_value_t = 8 << 30)]
     pub temporary_bytes: u64,
 

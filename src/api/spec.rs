@@ -175,7 +175,7 @@ const OBJECT_NAME: &str =
     )
     .message(
         "spec.retryPolicy can't be used with importFrom and input.geminiFile: the operator does not have the requests to \
-         send the failed ones again; put them into input.requests or input.configMap"
+         send the failed ones again; put them into input.requests, input.configMap or input.objectStore"
     )
 )]
 pub struct GeminiBatchJobSpec {

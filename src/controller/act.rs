@@ -616,6 +616,7 @@ impl Step<'_> {
                 batch: batch.cloned(),
                 judge: judge.clone(),
                 without_earlier: memory.without_earlier,
+                room: None,
             };
             let Some(gathered) = self.gather(order, memory).await else { return Ok(()) };
             match gathered {
@@ -660,10 +661,15 @@ impl Step<'_> {
             return Some(aside(order.gather()).await);
         }
         let what = format!("collect {} {}", order.name, order.without_earlier);
-        let work = || aside(order.gather());
-        let owner = stored::owner(self.job);
-        let waited = self.ctx.transfers.run(&owner, &what, stored::woken(self.ctx, self.job), work);
-        memory.transfer = Some(match waited.await {
+        let (owner, woken) = (stored::owner(self.job), stored::woken(self.ctx, self.job));
+        let transfers = &self.ctx.transfers;
+        let waited = if self.to_a_store() {
+            let work = |room| aside(Order { room: Some(room), ..order }.gather());
+            transfers.run_with_room(&owner, &what, woken, work).await
+        } else {
+            transfers.run(&owner, &what, woken, || aside(order.gather())).await
+        };
+        memory.transfer = Some(match waited {
             Waited::Done(gathered) => return Some(gathered),
             Waited::Running => stored::waiting("the results are being read and joined with their requests"),
             Waited::Queued => stored::queued(self.ctx, "the results wait"),
@@ -701,6 +707,12 @@ impl Step<'_> {
                 }
             },
         };
+        // Results are not held for a place that is not there: others need the room.
+        if !matches!(memory.output, OutputObject::Reserved { .. })
+            && let Some(collected) = &mut memory.collected
+        {
+            collected.lines = Lines::Dropped;
+        }
         Ok(())
     }
 
@@ -717,7 +729,18 @@ impl Step<'_> {
         let manifest = output::manifest(self.job, collected, counts);
         let done = match name {
             Destination::ConfigMap(map) => {
-                let text = match output::text(kept) {
+                // They may have been kept for an object store, which takes any number.
+                let text = match kept.clone().within(Some(output::MAX_LINES_BYTES)) {
+                    Ok(Lines::Kept(kept)) => output::text(&kept),
+                    Ok(other) => {
+                        if let Some(collected) = &mut memory.collected {
+                            collected.lines = other;
+                        }
+                        return Ok(());
+                    }
+                    Err(e) => Err(e),
+                };
+                let text = match text {
                     Ok(text) => text,
                     Err(e) => {
                         self.passes(memory, no_room(&e));

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 pub use super::join::Tally;
 use super::join::{Joined, What};
+use super::transfers::Room;
 use crate::api::Usage;
 
 /// What a result file holds.
@@ -118,9 +119,9 @@ pub enum Lines {
     Kept(Kept),
 }
 
-/// Lines ready to be stored, however many.
+/// Lines ready to be stored, however many, and the right to hold them.
 #[derive(Clone, Debug, Default)]
-pub struct Kept(pub Arc<Joined>);
+pub struct Kept(pub Arc<Joined>, pub Option<Room>);
 
 impl PartialEq for Kept {
     fn eq(&self, other: &Self) -> bool {
@@ -190,7 +191,7 @@ mod tests {
         fn finish(self) -> Collected {
             let joined = self.0.finish().unwrap();
             let collected = Collected { joined: true, ..Collected::of(&joined) };
-            Collected { lines: Kept(Arc::new(joined)).within(Some(self.1)).unwrap(), ..collected }
+            Collected { lines: Kept(Arc::new(joined), None).within(Some(self.1)).unwrap(), ..collected }
         }
     }
 

@@ -18,6 +18,7 @@ use super::join::{Join, Keep, Limits};
 use super::retry::Judge;
 use super::run::Context;
 use super::stored::{self, Failure};
+use super::transfers::Room;
 use super::{Credential, Problem, decide, earlier, observe, output};
 use crate::api::{GeminiBatchJob, Reason};
 use crate::gemini::results::{self, ResultLine};
@@ -40,6 +41,8 @@ pub struct Order {
     pub judge: Judge,
     /// What earlier attempts left is gone: it is done without.
     pub without_earlier: bool,
+    /// The right to hold them, if they are to be held for long.
+    pub room: Option<Room>,
 }
 
 /// Why it can't be read, or not now.
@@ -135,7 +138,7 @@ impl Order {
             collected.malformed_lines += unmatched.malformed;
             collected.usage = unmatched.usage;
         }
-        collected.lines = self.lines(Kept(Arc::new(joined))).map_err(|e| no_room(&e))?;
+        collected.lines = self.lines(Kept(Arc::new(joined), self.room.clone())).map_err(|e| no_room(&e))?;
         Ok(collected)
     }
 

@@ -9,10 +9,11 @@ use std::collections::BinaryHeap;
 use std::collections::binary_heap::PeekMut;
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read as _, Seek as _, Write as _};
-use std::path::PathBuf;
 
 use rand::RngExt as _;
 use sha2::{Digest as _, Sha256};
+
+use super::join::{Lent, Scratch};
 
 /// Keys in memory before they go to a file: 12 MiB.
 const IN_MEMORY: usize = 512 * 1024;
@@ -49,17 +50,17 @@ impl Hasher {
 #[derive(Debug)]
 pub struct Sorter {
     hasher: Hasher,
-    directory: PathBuf,
+    scratch: Scratch,
     capacity: usize,
     buffer: Vec<Record>,
-    runs: Vec<File>,
+    runs: Vec<(File, Lent)>,
 }
 
 impl Sorter {
-    /// An empty one. `directory`: where files go if there are many.
+    /// An empty one. `scratch`: where files go if there are many.
     #[must_use]
-    pub fn new(hasher: &Hasher, directory: PathBuf) -> Self {
-        Self { hasher: hasher.clone(), directory, capacity: IN_MEMORY, buffer: Vec::new(), runs: Vec::new() }
+    pub fn new(hasher: &Hasher, scratch: Scratch) -> Self {
+        Self { hasher: hasher.clone(), scratch, capacity: IN_MEMORY, buffer: Vec::new(), runs: Vec::new() }
     }
 
     /// Takes a key. Memory is bounded if [`Sorter::spill`] is called whenever [`Sorter::is_full`].
@@ -76,14 +77,15 @@ impl Sorter {
     /// Writes what is in memory to a file. Takes a tenth of a second, and is not asynchronous.
     pub fn spill(&mut self) -> io::Result<()> {
         self.buffer.sort_unstable();
-        let mut file = BufWriter::with_capacity(BUFFER_BYTES, tempfile::tempfile_in(&self.directory)?);
+        let (file, lent) = self.scratch.lend((self.buffer.len() * RECORD_BYTES) as u64)?;
+        let mut file = BufWriter::with_capacity(BUFFER_BYTES, file);
         for record in self.buffer.drain(..) {
             file.write_all(&record.hash)?;
             file.write_all(&record.line.to_be_bytes())?;
         }
         let mut file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.rewind()?;
-        self.runs.push(file);
+        self.runs.push((file, lent));
         Ok(())
     }
 
@@ -93,7 +95,7 @@ impl Sorter {
         let mut runs: Vec<Run> = self
             .runs
             .into_iter()
-            .map(|file| Run::File(BufReader::with_capacity(BUFFER_BYTES, file)))
+            .map(|(file, lent)| Run::File(BufReader::with_capacity(BUFFER_BYTES, file), lent))
             .collect();
         runs.push(Run::Memory(self.buffer.into_iter()));
         let mut heads = BinaryHeap::with_capacity(runs.len());
@@ -109,14 +111,14 @@ impl Sorter {
 #[derive(Debug)]
 enum Run {
     Memory(std::vec::IntoIter<Record>),
-    File(BufReader<File>),
+    File(BufReader<File>, #[expect(dead_code, reason = "given back when it is dropped")] Lent),
 }
 
 impl Run {
     fn next(&mut self) -> io::Result<Option<Record>> {
         let file = match self {
             Self::Memory(records) => return Ok(records.next()),
-            Self::File(file) => file,
+            Self::File(file, _) => file,
         };
         let mut bytes = [0; RECORD_BYTES];
         match file.read_exact(&mut bytes) {
@@ -215,8 +217,12 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::{HashMap, HashSet};
 
+    fn scratch(bytes: u64) -> Scratch {
+        Scratch::new(std::env::temp_dir(), bytes)
+    }
+
     fn sorter(hasher: &Hasher, capacity: usize) -> Sorter {
-        Sorter { capacity, ..Sorter::new(hasher, std::env::temp_dir()) }
+        Sorter { capacity, ..Sorter::new(hasher, scratch(u64::MAX)) }
     }
 
     fn fill<'a>(mut sorter: Sorter, keys: impl IntoIterator<Item = &'a str>) -> Sorted {
@@ -232,7 +238,8 @@ mod tests {
     #[test]
     fn memory_is_bounded_by_files_without_a_name() {
         let directory = tempfile::tempdir().unwrap();
-        let mut sorter = Sorter { capacity: 10, ..Sorter::new(&Hasher::default(), directory.path().into()) };
+        let scratch = Scratch::new(directory.path().into(), u64::MAX);
+        let mut sorter = Sorter { capacity: 10, ..Sorter::new(&Hasher::default(), scratch.clone()) };
         for line in 0..1000u64 {
             sorter.push(&line.to_string(), line);
             if sorter.is_full() {
@@ -242,13 +249,29 @@ mod tests {
         }
         assert_eq!(sorter.runs.len(), 100);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+        assert_eq!(scratch.used(), 1000 * RECORD_BYTES as u64);
         let (duplicate, _) = sorter.sorted().unwrap().examine(1000, None).unwrap();
-        assert_eq!(duplicate, None);
+        assert_eq!((duplicate, scratch.used()), (None, 0));
+    }
+
+    /// A pod whose volume is full is evicted, with all that it has in hand.
+    #[test]
+    fn no_more_goes_to_files_than_an_administrator_allows() {
+        let scratch = scratch(25 * RECORD_BYTES as u64);
+        let mut sorter = Sorter { capacity: 10, ..Sorter::new(&Hasher::default(), scratch.clone()) };
+        let mut spills = (0..30u64).filter_map(|line| {
+            sorter.push(&line.to_string(), line);
+            sorter.is_full().then(|| sorter.spill())
+        });
+        assert!(spills.next().unwrap().is_ok() && spills.next().unwrap().is_ok());
+        assert_eq!(spills.next().unwrap().unwrap_err().kind(), io::ErrorKind::StorageFull);
+        drop(sorter);
+        assert_eq!(scratch.used(), 0);
     }
 
     #[test]
     fn a_directory_that_is_full_or_gone_is_an_error() {
-        let mut sorter = Sorter::new(&Hasher::default(), "/nonexistent".into());
+        let mut sorter = Sorter::new(&Hasher::default(), Scratch::new("/nonexistent".into(), u64::MAX));
         sorter.push("a", 0);
         assert!(sorter.spill().is_err());
     }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use kube::{Client, ResourceExt as _};
+use kube::ResourceExt as _;
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -33,7 +33,7 @@ use super::shards::merge::Whole;
 use super::stored::{self, Failure, Place};
 use crate::api::{GeminiBatchJob, ObjectStoreOutput, Reason, StoredObject, StoredOutput, Usage};
 use crate::crash;
-use crate::store::{self, Expect, Kind, Location, Object, Purpose, Put, Store, Stores, Version};
+use crate::store::{self, Expect, Kind, Location, Object, Purpose, Put, Store, Version};
 
 /// Where it stands in the job, for messages.
 const FIELD: &str = "spec.output.objectStore";
@@ -59,14 +59,18 @@ pub enum Done<T> {
 /// Whose place it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Owner {
+    /// The same manifests are often applied to several clusters.
+    #[serde(default)]
+    cluster: String,
     namespace: String,
     name: String,
     uid: String,
 }
 
 impl Owner {
-    fn of(job: &GeminiBatchJob) -> Self {
+    fn of(ctx: &Context, job: &GeminiBatchJob) -> Self {
         Self {
+            cluster: ctx.ring().cluster_id.clone(),
             namespace: job.namespace().unwrap_or_default(),
             name: job.name_any(),
             uid: job.uid().unwrap_or_default(),
@@ -75,7 +79,17 @@ impl Owner {
 
     /// A predecessor of the same name, which has been deleted.
     fn succeeds(&self, other: &Self) -> bool {
-        self.namespace == other.namespace && self.name == other.name
+        self.cluster == other.cluster && self.namespace == other.namespace && self.name == other.name
+    }
+
+    /// For messages.
+    fn told_to(&self, asker: &Self) -> String {
+        let Self { cluster, namespace, name, .. } = self;
+        if *cluster == asker.cluster {
+            format!("{name} in namespace {namespace}")
+        } else {
+            format!("{name} in namespace {namespace} of another cluster ({cluster})")
+        }
     }
 }
 
@@ -157,12 +171,7 @@ pub struct Shelf {
 }
 
 impl Shelf {
-    async fn open(
-        client: &Client,
-        stores: &Stores,
-        job: &GeminiBatchJob,
-        at: &ObjectStoreOutput,
-    ) -> Result<Self, Failure> {
+    async fn open(ctx: &Context, job: &GeminiBatchJob, at: &ObjectStoreOutput) -> Result<Self, Failure> {
         let root = Location::directory(&at.uri, "spec.output.objectStore.uri").map_err(|e| failure(&e))?;
         let place = Place {
             field: FIELD,
@@ -172,7 +181,7 @@ impl Shelf {
             region: at.region.as_deref(),
         };
         let namespace = job.namespace().unwrap_or_default();
-        let store = match stored::open(client, stores, &namespace, &root, &place).await {
+        let store = match stored::open(&ctx.client, &ctx.stores, &namespace, &root, &place).await {
             Ok(store) => store,
             // What is wrong with the job's words for an input is wrong with these for an output.
             Err(Failure::Problem { problem, .. }) if problem.reason == Reason::InputInvalid => {
@@ -181,12 +190,19 @@ impl Shelf {
             }
             Err(other) => return Err(other),
         };
-        Ok(Self::within(Arc::new(store), root, job, at))
+        Ok(Self::within(ctx, Arc::new(store), root, job, at))
     }
 
-    fn within(store: Arc<Store>, root: Location, job: &GeminiBatchJob, at: &ObjectStoreOutput) -> Self {
+    fn within(
+        ctx: &Context,
+        store: Arc<Store>,
+        root: Location,
+        job: &GeminiBatchJob,
+        at: &ObjectStoreOutput,
+    ) -> Self {
         let proofs = vec![root.path.clone().join(RESERVATION)];
-        Self { store, root, uri: at.uri.trim_end_matches('/').to_owned(), owner: Owner::of(job), proofs }
+        let uri = at.uri.trim_end_matches('/').to_owned();
+        Self { store, root, uri, owner: Owner::of(ctx, job), proofs }
     }
 
     fn path(&self, name: &str) -> Path {
@@ -238,11 +254,8 @@ impl Shelf {
                 "holds the results of an earlier job of the same name, which has been deleted",
             )),
             Ok(manifest) => {
-                let Owner { namespace, name, .. } = manifest.job;
-                Err(self.conflict(
-                    MANIFEST_KEY,
-                    &format!("holds the results of another job, {name} in namespace {namespace}"),
-                ))
+                let whose = manifest.job.told_to(&self.owner);
+                Err(self.conflict(MANIFEST_KEY, &format!("holds the results of another job, {whose}")))
             }
             Err(_) => Err(self.conflict(MANIFEST_KEY, "has a manifest that is not this operator's")),
         }
@@ -293,11 +306,8 @@ impl Shelf {
                     there.writing
                 }
                 Ok(there) => {
-                    let Owner { namespace, name, .. } = there.job;
-                    return Err(self.conflict(
-                        RESERVATION,
-                        &format!("is reserved for another job, {name} in namespace {namespace}"),
-                    ));
+                    let whose = there.job.told_to(&self.owner);
+                    return Err(self.conflict(RESERVATION, &format!("is reserved for another job, {whose}")));
                 }
                 Err(_) => {
                     return Err(self.conflict(RESERVATION, "has a reservation that is not this operator's"));
@@ -349,9 +359,9 @@ impl Shelves {
         let store = ObjectStoreOutput { uri: root.root(), ..at.clone() };
         let open = self.0.iter().find(|(known, _)| *known == store).map(|(_, open)| Arc::clone(open));
         let mut shelf = match open {
-            Some(open) => Shelf::within(open, root, job, at),
+            Some(open) => Shelf::within(ctx, open, root, job, at),
             None => {
-                let shelf = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
+                let shelf = Shelf::open(ctx, job, at).await?;
                 self.0.push((store, Arc::clone(&shelf.store)));
                 shelf
             }
@@ -521,7 +531,7 @@ pub async fn reserve(
     at: &ObjectStoreOutput,
 ) -> Result<Done<()>, kube::Error> {
     in_time(async {
-        let place = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
+        let place = Shelf::open(ctx, job, at).await?;
         let manifest = place.first_look().await?;
         place.claim(manifest.as_ref().map(|(m, _)| m), None).await
     })
@@ -536,7 +546,7 @@ pub async fn release(
     at: &ObjectStoreOutput,
 ) -> Result<Done<()>, kube::Error> {
     in_time(async {
-        let place = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
+        let place = Shelf::open(ctx, job, at).await?;
         if place.manifest().await?.is_some() {
             return Ok(());
         }
@@ -573,7 +583,7 @@ pub async fn published(
     job: &GeminiBatchJob,
     at: &ObjectStoreOutput,
 ) -> Result<Option<Published>, Failure> {
-    let place = Shelf::open(&ctx.client, &ctx.stores, job, at).await?;
+    let place = Shelf::open(ctx, job, at).await?;
     let Some((manifest, _)) = place.first_look().await? else { return Ok(None) };
     let mut found = Vec::new();
     for name in ["results.jsonl", "unmatched.jsonl"] {
@@ -650,7 +660,7 @@ impl Delivery {
     }
 
     async fn publish(&self) -> Result<StoredOutput, Failure> {
-        let place = Shelf::open(&self.ctx.client, &self.ctx.stores, &self.job, &self.at).await?;
+        let place = Shelf::open(&self.ctx, &self.job, &self.at).await?;
         let before = place.first_look().await?;
         let stored = |manifest: Manifest| StoredOutput {
             manifest: place.store.uri(&place.path(MANIFEST_KEY)),
@@ -675,20 +685,27 @@ impl Delivery {
         };
         let mut content = self.manifest.clone();
         content["objects"] = json!(objects);
+        content["job"] = json!(place.owner);
         let expect = before.as_ref().map_or(Expect::Absent, |(_, version)| Expect::Same(version));
         let put = place.put(MANIFEST_KEY, &content, expect).await;
         crash::at("publish", MANIFEST_KEY);
         // Whatever the answer was: what stands there counts.
-        let there = place.manifest().await?;
-        match there {
-            Some((manifest, _)) if manifest.objects == objects => Ok(stored(manifest)),
+        let there = place.manifest().await?.map(|(manifest, _)| manifest);
+        // It may have been cleared away in between by a process that saw no manifest yet.
+        let whole = match &there {
+            Some(manifest) => self.is_whole(&place, manifest).await?,
+            None => false,
+        };
+        match &there {
+            Some(manifest) if whole && manifest.objects == objects => Ok(stored(manifest.clone())),
             // Another process was faster.
-            Some((manifest, _)) if manifest.attempt >= self.attempt => {
-                place.clear(&writing, Some(&manifest)).await;
-                Ok(stored(manifest))
+            Some(manifest) if whole && manifest.attempt >= self.attempt => {
+                place.clear(&writing, Some(manifest)).await;
+                Ok(stored(manifest.clone()))
             }
             _ => {
-                place.clear(&writing, None).await;
+                // What is published, though, is not taken back.
+                place.clear(&writing, there.as_ref()).await;
                 Err(put.err().unwrap_or(Failure::Changed))
             }
         }

@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use super::census::{self, Census};
+use super::collect::Lines;
 use super::decide::{self, Change, Decision, Gate, Observed, Wake};
 use super::input::Carried;
 use super::join::Scratch;
@@ -706,6 +707,9 @@ async fn drive(
     memory.shards.begin_pass();
     if !wants_transfers(&job) {
         ctx.transfers.stop(uid);
+        if let Some(collected) = &mut memory.collected {
+            collected.lines = Lines::Dropped;
+        }
     }
 
     for _ in 0..MAX_STEPS {

@@ -18,6 +18,7 @@ use tokio::sync::mpsc;
 
 use super::gather::aside;
 use super::identity::hex;
+use super::join::Scratch;
 use super::keys::{Hasher, Sorter};
 use super::memory::{KnownProblem, Memory, Stored, after};
 use super::run::Context;
@@ -161,6 +162,7 @@ struct Source {
     method: Method,
     max_bytes: u64,
     split: Option<Limits>,
+    scratch: Scratch,
 }
 
 impl Source {
@@ -173,6 +175,7 @@ impl Source {
             method: job.spec.method,
             max_bytes: ctx.max_input_bytes,
             split: shards::limits(job, ctx.max_input_bytes),
+            scratch: ctx.scratch.clone(),
         }
     }
 
@@ -439,8 +442,8 @@ fn no_room(e: &std::io::Error) -> Failure {
     Failure::Passing(Problem::new(
         Reason::StoreUnavailable,
         format!(
-            "the operator can't write to its temporary directory ({}): an administrator has to give it room there (TMPDIR); \
-             it is tried again",
+            "the operator can't write to its temporary directory ({}): an administrator has to give it room there \
+             (--temporary-bytes, TMPDIR); it is tried again",
             e.kind()
         ),
     ))
@@ -475,7 +478,7 @@ async fn read(
         return Err(Failure::Problem { problem, seen });
     }
     let hasher = Hasher::default();
-    let mut sorter = Sorter::new(&hasher, std::env::temp_dir());
+    let mut sorter = Sorter::new(&hasher, source.scratch.clone());
     let mut whole = Tally::default();
     let method = source.method;
     let mut cutter = source.split.clone().map(plan::Cutter::new);
@@ -511,7 +514,7 @@ async fn read(
         );
         return Err(Failure::Problem { problem, seen: objects.clone() });
     }
-    let answered = answered(Sorter::new(&hasher, std::env::temp_dir())).await?;
+    let answered = answered(Sorter::new(&hasher, source.scratch.clone())).await?;
     let count = lines.number;
     let (duplicate, answered) = blocking(move || {
         let answered = answered.map(Sorter::sorted).transpose()?;

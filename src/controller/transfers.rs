@@ -7,18 +7,21 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use futures::channel::mpsc::UnboundedSender;
 use kube::runtime::reflector::ObjectRef;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::watched::Watched;
 
 /// How long a pass waits for its work: long enough for what is small, short enough for others to have their turn.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// For each that runs at a time, so many may hold results: some are read while others are stored.
+const ROOMS_FOR_EACH: usize = 2;
 
 /// Whose work it is.
 #[derive(Clone, Debug)]
@@ -42,9 +45,15 @@ pub enum Waited<T> {
     Queued,
 }
 
+/// The right to hold results until they are stored. It is there when the work begins, and given back when it is dropped.
+pub type Room = Arc<OnceLock<OwnedSemaphorePermit>>;
+
 /// The pool.
 pub struct Transfers {
     permits: Arc<Semaphore>,
+    /// Results that were read and wait to be stored take memory and the temporary directory, however many jobs end at the
+    /// same time: further ones are not read before.
+    rooms: Arc<Semaphore>,
     size: u16,
     patience: Duration,
     work: Mutex<HashMap<String, Work>>,
@@ -73,6 +82,7 @@ impl Transfers {
     pub fn new(size: u16) -> Self {
         Self {
             permits: Arc::new(Semaphore::new(usize::from(size))),
+            rooms: Arc::new(Semaphore::new(usize::from(size) * ROOMS_FOR_EACH)),
             size,
             patience: PATIENCE,
             work: Mutex::default(),
@@ -116,10 +126,43 @@ impl Transfers {
         T: Send + 'static,
         F: Future<Output = T> + Send + 'static,
     {
+        self.run_in(None, owner, what, woken, work).await
+    }
+
+    /// The same for work whose result is to be held for a while: it begins when there is room for that.
+    pub async fn run_with_room<T, F>(
+        &self,
+        owner: &Owner,
+        what: &str,
+        woken: impl FnOnce() + Send + 'static,
+        work: impl FnOnce(Room) -> F,
+    ) -> Waited<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = T> + Send + 'static,
+    {
+        let room = Room::default();
+        self.run_in(Some(Arc::clone(&room)), owner, what, woken, || work(room)).await
+    }
+
+    async fn run_in<T, F>(
+        &self,
+        room: Option<Room>,
+        owner: &Owner,
+        what: &str,
+        woken: impl FnOnce() + Send + 'static,
+        work: impl FnOnce() -> F,
+    ) -> Waited<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = T> + Send + 'static,
+    {
+        let full =
+            self.permits.available_permits() == 0 || room.is_some() && self.rooms.available_permits() == 0;
         let before = lock(&self.work).remove(&owner.uid).filter(|before| before.what == what);
-        let mut at_hand = before.unwrap_or_else(|| self.start(owner, what, woken, work()));
+        let mut at_hand = before.unwrap_or_else(|| self.start(room, owner, what, woken, work()));
         lock(&at_hand.end).nobody_waits = false;
-        let queued = !at_hand.begun.load(Ordering::Relaxed) && self.permits.available_permits() == 0;
+        let queued = !at_hand.begun.load(Ordering::Relaxed) && full;
         let patience = if queued { Duration::ZERO } else { self.patience };
         let in_time = tokio::time::timeout(patience, &mut at_hand.handle).await;
         let ended = if let Ok(ended) = in_time {
@@ -150,18 +193,25 @@ impl Transfers {
 
     fn start<T: Send + 'static>(
         &self,
+        room: Option<Room>,
         owner: &Owner,
         what: &str,
         woken: impl FnOnce() + Send + 'static,
         work: impl Future<Output = T> + Send + 'static,
     ) -> Work {
         let (begun, end) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(End::default())));
-        let permits = Arc::clone(&self.permits);
+        let (permits, rooms) = (Arc::clone(&self.permits), Arc::clone(&self.rooms));
         let wake = lock(&self.wake).clone();
         let job = ObjectRef::new(&owner.name).within(&owner.namespace);
         let (begins, ends) = (Arc::clone(&begun), Arc::clone(&end));
         let handle = tokio::spawn(async move {
-            // Never closed.
+            // Never closed. Whoever waits for room does not keep those from storing who have it.
+            if let Some(room) = &room
+                && let Ok(permit) = rooms.acquire_owned().await
+            {
+                let _ = room.set(permit);
+            }
+            drop(room);
             let permit = permits.acquire_owned().await;
             begins.store(true, Ordering::Relaxed);
             // Whatever becomes of the work, a panic included, the job is not left waiting.
@@ -275,6 +325,24 @@ mod tests {
         assert_eq!(woken.next().await.unwrap().name, "a");
         second.send(2).unwrap();
         assert_eq!(woken.next().await.unwrap().name, "b");
+    }
+
+    /// However many jobs end at the same time: so many hold results, and storing them goes before reading more.
+    #[tokio::test]
+    async fn no_more_results_are_held_than_there_is_room_for() {
+        let (pool, mut woken) = pool(1);
+        let read = async |name: &str| {
+            let done = pool.run_with_room(&owner(name), "read", || {}, |room| async move { room }).await;
+            if let Waited::Done(room) = done { Some(room) } else { None }
+        };
+        let (first, second) = (read("a").await.unwrap(), read("b").await.unwrap());
+        assert!(read("c").await.is_none());
+        let stored: Waited<u8> = pool.run(&owner("a"), "store", || {}, || async { 1 }).await;
+        assert!(matches!(stored, Waited::Done(1)));
+        drop(first);
+        assert_eq!(woken.next().await.unwrap().name, "c");
+        assert!(read("c").await.is_some());
+        drop(second);
     }
 
     #[tokio::test]

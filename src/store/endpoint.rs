@@ -159,16 +159,17 @@ fn is_forbidden_v4(ip: Ipv4Addr) -> bool {
         || METADATA_V4.contains(&ip)
 }
 
-/// The same: AWS, and Google Cloud's.
-const METADATA_V6: [Ipv6Addr; 2] =
-    [Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254), Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254)];
+/// The same: AWS's, of which EKS Pod Identity (`::23`) is one as well as the instance's metadata, and Google Cloud's.
+fn is_metadata_v6(ip: Ipv6Addr) -> bool {
+    matches!(ip.segments(), [0xfd00, 0xec2, 0, 0, 0, 0, 0, _] | [0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254])
+}
 
 fn is_forbidden_v6(ip: Ipv6Addr) -> bool {
     let v4 = |high: u16, low: u16| Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low));
     // Ways to write an IPv4 address as one of IPv6: mapped and compatible, NAT64, 6to4.
     let embedded = match ip.segments() {
         [0, 0, 0, 0, 0, 0xffff | 0, high, low]
-        | [0x64, 0xff9b, 0, 0, 0, 0, high, low]
+        | [0x64, 0xff9b, 0 | 1, 0, 0, 0, high, low]
         | [0x2002, high, low, ..] => Some(v4(high, low)),
         _ => None,
     };
@@ -176,7 +177,7 @@ fn is_forbidden_v6(ip: Ipv6Addr) -> bool {
         || ip.is_unspecified()
         || ip.is_multicast()
         || ip.is_unicast_link_local()
-        || METADATA_V6.contains(&ip)
+        || is_metadata_v6(ip)
         || embedded.is_some_and(is_forbidden_v4)
 }
 
@@ -267,12 +268,14 @@ mod tests {
             "https://169.254.170.23",
             "https://[fe80::1]",
             "https://[fd00:ec2::254]",
+            "https://[fd00:ec2::23]",
             "https://100.100.100.200",
             "https://168.63.129.16",
             "https://192.0.0.192",
             "https://[::ffff:169.254.169.254]",
             "https://[::ffff:7f00:1]",
             "https://[64:ff9b::a9fe:a9fe]",
+            "https://[64:ff9b:1::a9fe:a9fe]",
             "https://[2002:a9fe:a9fe::1]",
             "https://2130706433",
             "https://0x7f.1",

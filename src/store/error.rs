@@ -198,13 +198,15 @@ pub(super) fn of(error: &object_store::Error, host: &str, uri: &str, field: &str
 /// In a few words of our own.
 fn passing(text: &str) -> (Kind, String) {
     if let Some(status) = status(text) {
-        // What a store does not understand, it will not understand the next time.
-        let kind = if (400..500).contains(&status) && ![408, 425, 429].contains(&status) {
+        // What a store does not understand, it will not understand the next time; nor will it be where it says it is not.
+        let kind = if (300..500).contains(&status) && ![408, 425, 429].contains(&status) {
             Kind::Invalid
         } else {
             Kind::Unavailable
         };
-        return (kind, format!("HTTP {status}"));
+        let elsewhere =
+            if (300..400).contains(&status) { ", which leads elsewhere and is not followed" } else { "" };
+        return (kind, format!("HTTP {status}{elsewhere}"));
     }
     let lower = text.to_ascii_lowercase();
     let says = |words: &[&str]| words.iter().any(|w| lower.contains(w));
@@ -275,6 +277,7 @@ mod tests {
         for (error, kind, says) in [
             (status("503 Service Unavailable"), Kind::Unavailable, "HTTP 503"),
             (status("500 Internal Server Error"), Kind::Unavailable, "HTTP 500"),
+            (status("308 Permanent Redirect"), Kind::Invalid, "HTTP 308, which leads elsewhere"),
             (status("429 Too Many Requests"), Kind::Unavailable, "HTTP 429"),
             (status("400 Bad Request"), Kind::Invalid, "HTTP 400"),
             (status("400 Bad Request: ExpiredToken"), Kind::Denied, "ExpiredToken"),

@@ -104,3 +104,49 @@ fn http_error(error: reqwest::Error) -> HttpError {
     // A URL may be signed.
     HttpError::new(kind, error.without_url())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use futures::FutureExt as _;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
+    use super::super::{Access, Kind, Location, Purpose, Settings, Stores};
+
+    /// It leads where nobody looked: to a metadata service, for one.
+    #[tokio::test]
+    async fn no_store_sends_anybody_elsewhere() {
+        let (there, elsewhere) = (TcpListener::bind("127.0.0.1:0"), TcpListener::bind("127.0.0.1:0"));
+        let (there, elsewhere) = (there.await.unwrap(), elsewhere.await.unwrap());
+        let endpoint = format!("http://{}", there.local_addr().unwrap());
+        let to = elsewhere.local_addr().unwrap();
+        tokio::spawn(async move {
+            loop {
+                let (mut client, _) = there.accept().await.unwrap();
+                let _ = client.read(&mut [0; 16 << 10]).await.unwrap();
+                let answer = format!(
+                    "HTTP/1.1 307 Go\r\nlocation: http://{to}/\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+                );
+                client.write_all(answer.as_bytes()).await.unwrap();
+            }
+        });
+        let settings = Settings { endpoints: endpoint.parse().unwrap(), ..Settings::default() };
+        let stores = Stores::new(settings).unwrap();
+        let at = Location::object("s3://b/in", "f").unwrap();
+        let keys = ["accessKeyId", "secretAccessKey"].map(|key| (key.to_owned(), b"x".to_vec()));
+        let secret = BTreeMap::from(keys);
+        let access = Access {
+            purpose: Purpose::Read,
+            namespace: "ns",
+            field: "f",
+            endpoint: Some(&endpoint),
+            region: None,
+            secret: Some(("store", &secret)),
+        };
+        let refused = stores.open(&at, &access).unwrap().head(&at.path).await.unwrap_err();
+        assert_eq!(refused.kind, Kind::Invalid, "{refused}");
+        assert!(elsewhere.accept().now_or_never().is_none(), "it was followed");
+    }
+}

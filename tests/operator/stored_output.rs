@@ -2,6 +2,7 @@
 
 use gemini_batch_operator::api::{GeminiBatchJob, StoredObject, conditions};
 use gemini_simulator::{Config, Effect, Fault as Planted, Op, Switches};
+use k8s_openapi::api::core::v1::Secret;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
@@ -400,6 +401,23 @@ async fn a_reservation_keeps_others_out_and_is_given_back() {
     assert_eq!(env.sim.batches().len(), 1);
 }
 
+/// The same manifests are often applied to several clusters, with the same bucket: what lives in another one is no
+/// predecessor that was deleted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_of_the_same_name_in_another_cluster_is_another_job() {
+    let (env, s3) = with_s3().await;
+    env.operator().await;
+    let job = json!({"cluster": "elsewhere", "namespace": env.namespace, "name": "job", "uid": "another"});
+    s3.put(&format!("{PLACE}/reservation.json"), json!({ "job": job }).to_string()).await;
+    env.create("job", to_s3(spec(&["a"], None), &s3.endpoint(), PLACE)).await;
+    let (_, _, message) = ready(&env.stalled("job", "OutputConflict").await);
+    assert!(message.contains("of another cluster (elsewhere)"), "{message}");
+    assert_eq!(env.sim.batches().len(), 0);
+    s3.delete(&format!("{PLACE}/reservation.json")).await;
+    assert_eq!(state(&env.cleaned("job").await), "Succeeded");
+    assert!(manifest(&s3, PLACE).await["job"]["cluster"].as_str().is_some_and(|id| !id.is_empty()));
+}
+
 // ------------------------------------------------------------------------------------ broken when results are there
 
 #[tokio::test(flavor = "multi_thread")]
@@ -425,6 +443,111 @@ async fn paid_results_wait_for_a_broken_store_and_are_stored_once_it_is_back() {
     }
 }
 
+/// The same faults with the other kinds of stores, for input and output at once: each is said, and the job goes on.
+async fn fails_as_well(server: &Server, port: u16, path: &str, root: &str, secret: Value) {
+    let proxy = Proxy::to(port, Fault::None).await;
+    let endpoint = format!("{}{path}", proxy.endpoint());
+    let env = env_for(&endpoint, &[]).await;
+    env.operator().await;
+    env.secret("theirs", &secret).await;
+    server.put("in", line("k1", "a [[sim:work=9000000]]")).await;
+    let store = |place: &str| json!({"uri": format!("{root}/{place}"), "credentialsRef": {"name": "theirs"}, "endpoint": endpoint});
+    let faults = [
+        (Fault::Status(503), "StoreUnavailable", "HTTP 503"),
+        (Fault::Refuse, "StoreUnavailable", "broke off"),
+        (Fault::CutAfter(20), "StoreUnavailable", "broke off"),
+        (Fault::StallAfter(0), "StoreUnavailable", "in time"),
+        (Fault::Status(403), "StoreAccessDenied", "credentialsRef"),
+    ];
+    for (i, (fault, reason, says)) in faults.into_iter().enumerate() {
+        let name = format!("job-{i}");
+        let waits = async |at: &str| {
+            let (_, _, message) = ready(&waits_for(&env, &name, reason).await);
+            assert!(message.contains(says), "{at} {fault:?}: {message}");
+        };
+        proxy.set(fault);
+        let input = with_input(json!({"objectStore": store("in")}), None);
+        env.create(&name, with(input, json!({"output": {"objectStore": store(&name)}}))).await;
+        waits("before").await;
+        assert_eq!(env.sim.batches().len(), i, "{fault:?}");
+        proxy.set(Fault::None);
+        env.until(&name, "running", |j| state(j) == "Running").await;
+        proxy.set(fault);
+        assert!(
+            env.sim.finish(&env.sim.batches().last().unwrap().name, gemini_simulator::Outcome::Succeeded)
+        );
+        waits("after").await;
+        // Slow is no fault.
+        proxy.set(Fault::BytesPerSecond(20_000));
+        let job = env.cleaned(&name).await;
+        proxy.set(Fault::None);
+        assert_eq!((state(&job), counts(&job)), ("Succeeded", (1, 1, 0)), "{fault:?}: {:?}", ready(&job));
+        assert_eq!(keys(&read(server, &name, &job).await[0].1), ["k1"]);
+        assert_eq!(env.count(Op::BatchCreate), i + 1, "{fault:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cloud_storage_fails_as_well() {
+    let gcs = Server::gcs().await;
+    let xml = XmlApi::before(&gcs).await;
+    let secret = json!({"serviceAccountKey": no_oauth()});
+    fails_as_well(&gcs, xml.port, "", &format!("gs://{BUCKET}"), secret).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blob_storage_fails_as_well() {
+    let az = Server::az().await;
+    let (path, root) = (format!("/{AZURITE}"), format!("az://{AZURITE}/{BUCKET}"));
+    fails_as_well(&az, az.port, &path, &root, json!({"accountKey": AZURITE_KEY})).await;
+}
+
+/// What was good when the batch was paid for, and is not any more when its results come.
+#[tokio::test(flavor = "multi_thread")]
+async fn paid_results_wait_until_somebody_has_repaired_the_store() {
+    let (env, mut s3) = with_s3().await;
+    env.operator().await;
+    let bucket = s3.dir.path().join(format!("data/{BUCKET}"));
+    let aside = s3.dir.path().join("aside");
+    for fault in ["read-only", "no-bucket", "wrong-key", "no-secret"] {
+        env.create(fault, to_s3(spec(&["a [[sim:work=9000000]]"], None), &s3.endpoint(), fault)).await;
+        env.until(fault, "running", |j| state(j) == "Running").await;
+        let (reason, says) = match fault {
+            "read-only" => {
+                s3.restart(true);
+                ("StoreAccessDenied", "read and write objects")
+            }
+            "no-bucket" => {
+                std::fs::rename(&bucket, &aside).unwrap();
+                ("OutputNotWritable", "does not exist: create it")
+            }
+            "wrong-key" => {
+                env.secret("store", &json!({"accessKeyId": ACCESS_KEY, "secretAccessKey": "x"})).await;
+                ("StoreAccessDenied", "SignatureDoesNotMatch")
+            }
+            _ => {
+                let secrets: kube::Api<Secret> = kube::Api::namespaced(env.client.clone(), &env.namespace);
+                secrets.delete("store", &kube::api::DeleteParams::default()).await.unwrap();
+                ("CredentialsNotFound", "Secret store does not exist")
+            }
+        };
+        assert!(
+            env.sim.finish(&env.sim.batches().last().unwrap().name, gemini_simulator::Outcome::Succeeded)
+        );
+        let (_, _, message) = ready(&env.stalled(fault, reason).await);
+        assert!(message.contains(says) && message.contains("Gemini keeps the results"), "{fault}: {message}");
+        match fault {
+            "read-only" => s3.restart(false),
+            "no-bucket" => std::fs::rename(&aside, &bucket).unwrap(),
+            _ => env.secret("store", &s3_secret()).await,
+        }
+        let job = env.cleaned(fault).await;
+        assert_eq!((state(&job), counts(&job)), ("Succeeded", (1, 1, 0)), "{fault}: {:?}", ready(&job));
+        assert_eq!(keys(&read(&s3, fault, &job).await[0].1), ["k1"]);
+    }
+    assert_eq!(env.count(Op::BatchCreate), 4);
+}
+
 /// In the midst of a large object.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_fails_in_the_midst_of_it_gets_all_of_it_in_the_end() {
@@ -443,6 +566,51 @@ async fn a_store_that_fails_in_the_midst_of_it_gets_all_of_it_in_the_end() {
     assert_eq!((state(&job), counts(&job)), ("Succeeded", (40, 40, 0)), "{:?}", ready(&job));
     assert_eq!(read(&s3, PLACE, &job).await[0].1.len(), 40);
     assert_eq!(env.count(Op::BatchCreate), 1);
+}
+
+/// It takes what comes and never answers, or does not even take it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_falls_silent_in_the_midst_of_it_gets_all_of_it_in_the_end() {
+    for fault in [Fault::StallAfter(0), Fault::Deaf] {
+        let (env, s3, proxy) = with_proxy().await;
+        env.operator().await;
+        let seen = proxy.requests();
+        env.create("job", to_s3(spec(&["[[sim:big=300000]]"; 40], None), &proxy.endpoint(), PLACE)).await;
+        crate::lifecycle::until("the first part on its way", || proxy.requests() > seen + 100).await;
+        proxy.set(fault);
+        let (_, _, message) = ready(&waits_for(&env, "job", "StoreUnavailable").await);
+        assert!(message.contains("does not answer in time"), "{fault:?}: {message}");
+        proxy.set(Fault::None);
+        let job = env.cleaned("job").await;
+        assert_eq!((state(&job), counts(&job)), ("Succeeded", (40, 40, 0)), "{fault:?}: {:?}", ready(&job));
+        assert_eq!(read(&s3, PLACE, &job).await[0].1.len(), 40);
+        assert_eq!(env.count(Op::BatchCreate), 1);
+    }
+}
+
+/// Many batches end at the same time, as after an outage of the operator.
+#[tokio::test(flavor = "multi_thread")]
+async fn results_that_wait_for_their_turn_take_no_memory() {
+    const COUNT: usize = 60;
+    let (env, s3) = with_s3().await;
+    let process = env.spawn_in(&[], &["--transfers=1"]);
+    env.create("small", to_s3(spec(&["a"], None), &s3.endpoint(), "small")).await;
+    env.cleaned("small").await;
+    let idle = memory(process.id(), "VmRSS");
+    for i in 0..COUNT {
+        let place = format!("place-{i}");
+        let prompts = ["[[sim:work=9000000]] [[sim:big=1500000]]"];
+        env.create(&place, to_s3(spec(&prompts, None), &s3.endpoint(), &place)).await;
+    }
+    crate::lifecycle::until("all at Gemini", || env.sim.batches().len() == COUNT + 1).await;
+    for batch in env.sim.batches().iter().filter(|b| b.state == "RUNNING" || b.state == "PENDING") {
+        assert!(env.sim.finish(&batch.name, gemini_simulator::Outcome::Succeeded));
+    }
+    for i in 0..COUNT {
+        assert_eq!(state(&env.cleaned(&format!("place-{i}")).await), "Succeeded");
+    }
+    let peak = memory(process.id(), "VmHWM");
+    assert!(peak <= idle + 64, "{idle} MiB at rest, {peak} MiB at most");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -542,6 +710,30 @@ async fn of_two_that_write_at_the_same_time_one_publishes() {
     read(&s3, PLACE, &job).await;
     assert_eq!(s3.names().await.len(), 4, "{:?}", s3.names().await);
     assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (1, 1));
+}
+
+/// It wakes up late and publishes what its successor has cleared away already: that is no result, and is replaced.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manifest_of_objects_that_were_cleared_away_is_replaced() {
+    let (env, s3) = with_s3().await;
+    let process = env.spawn_in(&[("GBO_STOP_AT", "publish:claimed")], &[]);
+    env.create("job", to_s3(spec(&["a", "b"], None), &s3.endpoint(), PLACE)).await;
+    let stat = format!("/proc/{}/stat", process.id());
+    let stopped = || std::fs::read_to_string(&stat).unwrap().contains(") T ");
+    crate::lifecycle::until("stopped when it has claimed the place", stopped).await;
+    let job = env.jobs().get("job").await.unwrap();
+    let uid = job.metadata.uid.clone().unwrap();
+    let late = json!({
+        "job": {"namespace": env.namespace, "name": "job", "uid": uid},
+        "attempt": 1,
+        "objects": [{"name": format!("{uid}-1-late/results.jsonl"), "bytes": 7, "lines": 1, "sha256": hex(b"gone")}],
+    });
+    s3.put(&format!("{PLACE}/manifest.json"), late.to_string()).await;
+    signal(&process, "CONT");
+    let job = env.cleaned("job").await;
+    assert_eq!((state(&job), counts(&job)), ("Succeeded", (2, 2, 0)), "{:?}", ready(&job));
+    assert_eq!(keys(&read(&s3, PLACE, &job).await[0].1), ["k1", "k2"]);
+    assert_eq!((env.count(Op::BatchCreate), s3.names().await.len()), (1, 3), "{:?}", s3.names().await);
 }
 
 /// Dies at the step and starts again: the same result, paid once, and nothing is left over.

@@ -390,6 +390,8 @@ pub enum Fault {
     StallAfter(usize),
     /// At most so many bytes a second.
     BytesPerSecond(usize),
+    /// Nothing of requests is taken any more.
+    Deaf,
     /// Connections are closed at once.
     Refuse,
     /// What does not exist is refused, as S3 does to whoever may not list the bucket.
@@ -419,11 +421,15 @@ impl Drop for Proxy {
 
 impl Proxy {
     pub async fn before(server: &Server, fault: Fault) -> Self {
+        Self::to(server.port, fault).await
+    }
+
+    pub async fn to(upstream: u16, fault: Fault) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", free_port())).await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let fault = Arc::new(Mutex::new(fault));
         let counts = Arc::new(Counts::default());
-        let (shared, counted, upstream) = (Arc::clone(&fault), Arc::clone(&counts), server.port);
+        let (shared, counted) = (Arc::clone(&fault), Arc::clone(&counts));
         let task = tokio::spawn(async move {
             loop {
                 let Ok((client, _)) = listener.accept().await else { return };
@@ -478,12 +484,17 @@ async fn forward(
     let server = TcpStream::connect(("127.0.0.1", upstream)).await?;
     let (mut from_client, mut to_client) = client.into_split();
     let (mut from_server, mut to_server) = server.into_split();
-    let counted = Arc::clone(&counts);
+    let (counted, heard) = (Arc::clone(&counts), Arc::clone(&fault));
     tokio::spawn(async move {
         let mut buffer = vec![0; 16 << 10];
         loop {
             match from_client.read(&mut buffer).await {
-                Ok(n) if n > 0 => to_server.write_all(&buffer[..n]).await?,
+                Ok(n) if n > 0 => {
+                    while *heard.lock().unwrap() == Fault::Deaf {
+                        tokio::time::sleep(Duration::from_millis(20)).await;
+                    }
+                    to_server.write_all(&buffer[..n]).await?;
+                }
                 _ => return to_server.shutdown().await,
             }
             counted.requests.fetch_add(1, Ordering::Relaxed);
@@ -497,7 +508,7 @@ async fn forward(
         }
         let mut part = &buffer[..n];
         match now() {
-            Fault::None => {}
+            Fault::None | Fault::Deaf => {}
             Fault::CutAfter(limit) => {
                 part = &part[..part.len().min(limit.saturating_sub(sent))];
                 if part.len() < n {

@@ -27,8 +27,8 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use self::records::{Entry, Found, Key, Kind, Line, Place, Slot};
+pub use self::scratch::{Lent, Scratch, Spool};
 use self::scratch::{Reads, Table};
-pub use self::scratch::{Scratch, Spool};
 use self::streams::{At, Slots};
 pub use self::streams::{Stream, What};
 use super::retry::{self, Judge, Standing};

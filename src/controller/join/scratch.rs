@@ -29,6 +29,13 @@ impl Scratch {
         self.used.load(Ordering::Relaxed)
     }
 
+    /// A file of so many bytes that somebody else writes, and the right to them.
+    pub fn lend(&self, bytes: u64) -> io::Result<(File, Lent)> {
+        self.take(bytes)?;
+        let lent = Lent { bytes, scratch: self.clone() };
+        Ok((tempfile::tempfile_in(&self.dir)?, lent))
+    }
+
     fn file(&self) -> io::Result<ScratchFile> {
         Ok(ScratchFile { file: tempfile::tempfile_in(&self.dir)?, len: 0, scratch: self.clone() })
     }
@@ -39,6 +46,19 @@ impl Scratch {
             Ok(_) => Ok(()),
             Err(_) => Err(io::ErrorKind::StorageFull.into()),
         }
+    }
+}
+
+/// The right to some bytes. Given back when it is dropped.
+#[derive(Debug)]
+pub struct Lent {
+    bytes: u64,
+    scratch: Scratch,
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.scratch.used.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
