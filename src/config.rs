@@ -206,9 +206,9 @@ pub struct RunArgs {
     #[arg(long, env = "GBO_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
     pub concurrency: u16,
 
-    /// How many inputs of object stores are read or sent at the same time, and results of any size read, joined and
-    /// stored; further ones wait. Each takes about 32 MiB of memory, more only for lines that are longer than some
-    /// megabytes.
+    /// How many inputs of object stores are read or sent at the same time, and as many results of any size read, joined
+    /// and stored; further ones wait. Of one namespace one less of each, if there is more than one. Each takes about 32
+    /// MiB of memory, more only for lines that are longer than some megabytes.
     #[arg(long, env = "GBO_TRANSFERS", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub transfers: u16,
 

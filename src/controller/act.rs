@@ -26,7 +26,7 @@ use super::output_store::{self, Content, Delivery};
 use super::retry::Judge;
 use super::run::Context;
 use super::stored::{self, Failure, Unsent};
-use super::transfers::Waited;
+use super::transfers::{Kind, Waited};
 use super::{Credential, Problem, ending, identity, shards};
 use crate::api::{
     Attempt, GeminiBatchJob, Method, ObjectStoreOutput, Reason, Refusal, RefusedCall, StoredOutput,
@@ -667,7 +667,7 @@ impl Step<'_> {
             let work = |room| aside(Order { room: Some(room), ..order }.gather());
             transfers.run_with_room(&owner, &what, woken, work).await
         } else {
-            transfers.run(&owner, &what, woken, || aside(order.gather())).await
+            transfers.run(Kind::Results, &owner, &what, woken, || aside(order.gather())).await
         };
         memory.transfer = Some(match waited {
             Waited::Done(gathered) => return Some(gathered),
@@ -786,7 +786,8 @@ impl Step<'_> {
             Delivery { ctx, job, at: at.clone(), attempt, content: Content::Joined(kept), manifest };
         let what = format!("deliver {attempt} {}", serde_json::json!(at));
         let (owner, woken) = (stored::owner(self.job), stored::woken(self.ctx, self.job));
-        let waited = self.ctx.transfers.run(&owner, &what, woken, || aside(delivery.deliver()));
+        let waited =
+            self.ctx.transfers.run(Kind::Results, &owner, &what, woken, || aside(delivery.deliver()));
         match waited.await {
             Waited::Done(done) => match done? {
                 output_store::Done::Yes(stored) => {

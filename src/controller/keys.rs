@@ -153,13 +153,9 @@ impl Sorted {
 
     /// The first line whose key stood in an earlier one, and that earlier one: `(earlier, later)`. And the lines whose
     /// key is among `answered`.
-    pub fn examine(
-        mut self,
-        lines: u64,
-        mut answered: Option<Self>,
-    ) -> io::Result<(Option<(u64, u64)>, Lines)> {
+    pub fn examine(mut self, mut answered: Option<Self>) -> io::Result<(Option<(u64, u64)>, Lines)> {
         let mut duplicate: Option<(u64, u64)> = None;
-        let mut found = Lines::none(lines);
+        let mut found = Lines::default();
         let mut before: Option<Record> = None;
         let mut other = answered.as_mut().map_or(Ok(None), Self::next)?;
         while let Some(record) = self.next()? {
@@ -183,16 +179,16 @@ impl Sorted {
 }
 
 /// Some of the lines of an input: one bit for each.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Lines(Vec<u64>);
 
 impl Lines {
-    fn none(lines: u64) -> Self {
-        Self(vec![0; usize::try_from(lines.div_ceil(64)).unwrap_or(0)])
-    }
-
     fn insert(&mut self, line: u64) {
-        if let Some(word) = usize::try_from(line / 64).ok().and_then(|i| self.0.get_mut(i)) {
+        let word = usize::try_from(line / 64).unwrap_or(usize::MAX);
+        if self.0.len() <= word {
+            self.0.resize(word + 1, 0);
+        }
+        if let Some(word) = self.0.get_mut(word) {
             *word |= 1 << (line % 64);
         }
     }
@@ -250,7 +246,7 @@ mod tests {
         assert_eq!(sorter.runs.len(), 100);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
         assert_eq!(scratch.used(), 1000 * RECORD_BYTES as u64);
-        let (duplicate, _) = sorter.sorted().unwrap().examine(1000, None).unwrap();
+        let (duplicate, _) = sorter.sorted().unwrap().examine(None).unwrap();
         assert_eq!((duplicate, scratch.used()), (None, 0));
     }
 
@@ -292,7 +288,7 @@ mod tests {
             let hasher = Hasher::default();
             let input = fill(sorter(&hasher, capacity), keys.iter().map(String::as_str));
             let others = fill(sorter(&hasher, capacity), answered.iter().map(String::as_str));
-            let (duplicate, lines) = input.examine(keys.len() as u64, Some(others)).unwrap();
+            let (duplicate, lines) = input.examine(Some(others)).unwrap();
 
             let mut seen: HashMap<&str, usize> = HashMap::new();
             let mut expected = None;

@@ -26,7 +26,7 @@ use super::shards::{
     self,
     plan::{self, Limits},
 };
-use super::transfers::{Owner, Waited};
+use super::transfers::{self, Owner, Waited};
 use super::{Credential, InputFacts, Problem, act, decide, earlier, input, request};
 use crate::api::{GeminiBatchJob, LocalRef, Method, ObjectStoreInput, Reason};
 use crate::gemini::{self, CHUNK_BYTES, FileName, Session, Upload};
@@ -181,7 +181,13 @@ impl Source {
 
     /// What is too large for one batch may be read all the same: in parts, or one part of it.
     fn max_whole_bytes(&self) -> u64 {
-        if self.split.is_some() || self.of.range.is_some() { u64::MAX } else { self.max_bytes }
+        match &self.split {
+            Some(limits) => {
+                u64::try_from(limits.max_bytes).unwrap_or(0).saturating_mul(shards::MAX_SHARDS as u64)
+            }
+            None if self.of.range.is_some() => u64::MAX,
+            None => self.max_bytes,
+        }
     }
 
     /// From where to where it is read, in bytes over all objects.
@@ -254,7 +260,7 @@ impl Source {
             format!(
                 "{} holds {bytes} bytes; at most {} bytes are allowed: split the requests over several jobs",
                 shown(&self.of),
-                self.max_bytes
+                self.max_whole_bytes()
             ),
         )
     }
@@ -496,6 +502,8 @@ async fn read(
             cutter.as_mut().map_or(Ok(()), |cutter| cutter.push(line.text, line.start, line.end))
         });
         match step.await {
+            // What nobody can use is not read to its end.
+            Ok(true) if cutter.as_ref().is_some_and(plan::Cutter::is_in_vain) => break,
             Ok(true) => {}
             Ok(false) => break,
             Err(e @ Failure::Problem { .. }) => return Err(source.differs(&objects).unwrap_or(e)),
@@ -515,10 +523,9 @@ async fn read(
         return Err(Failure::Problem { problem, seen: objects.clone() });
     }
     let answered = answered(Sorter::new(&hasher, source.scratch.clone())).await?;
-    let count = lines.number;
     let (duplicate, answered) = blocking(move || {
         let answered = answered.map(Sorter::sorted).transpose()?;
-        sorter.sorted()?.examine(count, answered)
+        sorter.sorted()?.examine(answered)
     })
     .await?;
     if let Some((first, second)) = duplicate {
@@ -595,7 +602,7 @@ pub async fn observe(
             read(source, before, async move |sorter| answered(&ctx2, &job2, &key2, sorter).await).await
         })
     };
-    let waited = ctx.transfers.run(&owner(job), &what, woken(ctx, job), work).await;
+    let waited = ctx.transfers.run(transfers::Kind::Input, &owner(job), &what, woken(ctx, job), work).await;
     Ok(match waited {
         Waited::Done(Ok(stored)) => {
             memory.trouble = None;
@@ -647,7 +654,7 @@ pub(super) fn waiting(message: impl Into<String>) -> Problem {
 
 pub(super) fn queued(ctx: &Context, what: &str) -> Problem {
     waiting(format!(
-        "{what} for other jobs' transfers to end, of which {} run at a time (--transfers)",
+        "{what} for other jobs' transfers to end, of which {} run at a time, and not all of one namespace (--transfers)",
         ctx.transfers.size()
     ))
 }
@@ -736,7 +743,7 @@ pub async fn prepare(
     let source = Source::new(ctx, job, &stored.of);
     let (gemini, stored2, key) = (ctx.gemini.clone(), Arc::clone(stored), Arc::clone(key));
     let work = || async move { send(source, &stored2, gemini, &key, &name, session).await };
-    match ctx.transfers.run(&owner(job), &what, woken(ctx, job), work).await {
+    match ctx.transfers.run(transfers::Kind::Input, &owner(job), &what, woken(ctx, job), work).await {
         Waited::Done(done) => Ok(done),
         Waited::Running => {
             Err(waiting(format!("the input is on its way from {} to Gemini", shown(&stored.of))))

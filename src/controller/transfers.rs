@@ -45,15 +45,68 @@ pub enum Waited<T> {
     Queued,
 }
 
+/// What work is about. Each kind has as many turns: an input that takes long does not keep results waiting, which expire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Reading or sending an input.
+    Input,
+    /// Reading or storing results.
+    Results,
+}
+
+/// So many turns at a time, and one less for any namespace: whatever its stores do, the others have their turn.
+struct Lane {
+    all: Arc<Semaphore>,
+    of_one: usize,
+    by_namespace: Mutex<HashMap<String, Arc<Semaphore>>>,
+}
+
+/// Namespaces that are remembered although nothing of theirs is under way.
+const IDLE_NAMESPACES: usize = 256;
+
+/// Given back when it is dropped.
+#[derive(Debug)]
+pub struct Turn {
+    _own: Option<OwnedSemaphorePermit>,
+    _any: Option<OwnedSemaphorePermit>,
+}
+
+impl Lane {
+    fn new(size: usize, of_one: usize) -> Self {
+        Self { all: Arc::new(Semaphore::new(size)), of_one, by_namespace: Mutex::default() }
+    }
+
+    fn of(&self, namespace: &str) -> Arc<Semaphore> {
+        let mut known = lock(&self.by_namespace);
+        if known.len() > IDLE_NAMESPACES {
+            known.retain(|_, turns| Arc::strong_count(turns) > 1);
+        }
+        let turns = known.entry(namespace.to_owned());
+        Arc::clone(turns.or_insert_with(|| Arc::new(Semaphore::new(self.of_one))))
+    }
+
+    fn is_full(&self, namespace: &str) -> bool {
+        self.all.available_permits() == 0 || self.of(namespace).available_permits() == 0
+    }
+
+    /// First come, first served, among those of one namespace and then among all.
+    fn turn(&self, namespace: &str) -> impl Future<Output = Turn> + Send + use<> {
+        let (own, any) = (self.of(namespace), Arc::clone(&self.all));
+        // Never closed.
+        async move { Turn { _own: own.acquire_owned().await.ok(), _any: any.acquire_owned().await.ok() } }
+    }
+}
+
 /// The right to hold results until they are stored. It is there when the work begins, and given back when it is dropped.
-pub type Room = Arc<OnceLock<OwnedSemaphorePermit>>;
+pub type Room = Arc<OnceLock<Turn>>;
 
 /// The pool.
 pub struct Transfers {
-    permits: Arc<Semaphore>,
+    inputs: Lane,
+    results: Lane,
     /// Results that were read and wait to be stored take memory and the temporary directory, however many jobs end at the
     /// same time: further ones are not read before.
-    rooms: Arc<Semaphore>,
+    rooms: Lane,
     size: u16,
     patience: Duration,
     work: Mutex<HashMap<String, Work>>,
@@ -77,12 +130,15 @@ struct End {
 }
 
 impl Transfers {
-    /// A pool for so many at a time.
+    /// A pool for so many of each kind at a time.
     #[must_use]
     pub fn new(size: u16) -> Self {
+        let all = usize::from(size.max(1));
+        let of_one = all.saturating_sub(1).max(1);
         Self {
-            permits: Arc::new(Semaphore::new(usize::from(size))),
-            rooms: Arc::new(Semaphore::new(usize::from(size) * ROOMS_FOR_EACH)),
+            inputs: Lane::new(all, of_one),
+            results: Lane::new(all, of_one),
+            rooms: Lane::new(all * ROOMS_FOR_EACH, of_one * ROOMS_FOR_EACH),
             size,
             patience: PATIENCE,
             work: Mutex::default(),
@@ -90,7 +146,7 @@ impl Transfers {
         }
     }
 
-    /// How many run at a time.
+    /// How many of each kind run at a time.
     #[must_use]
     pub fn size(&self) -> u16 {
         self.size
@@ -117,6 +173,7 @@ impl Transfers {
     /// woken.
     pub async fn run<T, F>(
         &self,
+        kind: Kind,
         owner: &Owner,
         what: &str,
         woken: impl FnOnce() + Send + 'static,
@@ -126,10 +183,10 @@ impl Transfers {
         T: Send + 'static,
         F: Future<Output = T> + Send + 'static,
     {
-        self.run_in(None, owner, what, woken, work).await
+        self.run_in(kind, None, owner, what, woken, work).await
     }
 
-    /// The same for work whose result is to be held for a while: it begins when there is room for that.
+    /// The same for results that are to be held for a while: it begins when there is room for that.
     pub async fn run_with_room<T, F>(
         &self,
         owner: &Owner,
@@ -142,11 +199,12 @@ impl Transfers {
         F: Future<Output = T> + Send + 'static,
     {
         let room = Room::default();
-        self.run_in(Some(Arc::clone(&room)), owner, what, woken, || work(room)).await
+        self.run_in(Kind::Results, Some(Arc::clone(&room)), owner, what, woken, || work(room)).await
     }
 
     async fn run_in<T, F>(
         &self,
+        kind: Kind,
         room: Option<Room>,
         owner: &Owner,
         what: &str,
@@ -157,10 +215,10 @@ impl Transfers {
         T: Send + 'static,
         F: Future<Output = T> + Send + 'static,
     {
-        let full =
-            self.permits.available_permits() == 0 || room.is_some() && self.rooms.available_permits() == 0;
+        let namespace = &owner.namespace;
+        let full = self.lane(kind).is_full(namespace) || room.is_some() && self.rooms.is_full(namespace);
         let before = lock(&self.work).remove(&owner.uid).filter(|before| before.what == what);
-        let mut at_hand = before.unwrap_or_else(|| self.start(room, owner, what, woken, work()));
+        let mut at_hand = before.unwrap_or_else(|| self.start(kind, room, owner, what, woken, work()));
         lock(&at_hand.end).nobody_waits = false;
         let queued = !at_hand.begun.load(Ordering::Relaxed) && full;
         let patience = if queued { Duration::ZERO } else { self.patience };
@@ -191,8 +249,16 @@ impl Transfers {
         }
     }
 
+    fn lane(&self, kind: Kind) -> &Lane {
+        match kind {
+            Kind::Input => &self.inputs,
+            Kind::Results => &self.results,
+        }
+    }
+
     fn start<T: Send + 'static>(
         &self,
+        kind: Kind,
         room: Option<Room>,
         owner: &Owner,
         what: &str,
@@ -200,24 +266,22 @@ impl Transfers {
         work: impl Future<Output = T> + Send + 'static,
     ) -> Work {
         let (begun, end) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(End::default())));
-        let (permits, rooms) = (Arc::clone(&self.permits), Arc::clone(&self.rooms));
+        let turn = self.lane(kind).turn(&owner.namespace);
+        let room = room.map(|room| (room, self.rooms.turn(&owner.namespace)));
         let wake = lock(&self.wake).clone();
         let job = ObjectRef::new(&owner.name).within(&owner.namespace);
         let (begins, ends) = (Arc::clone(&begun), Arc::clone(&end));
         let handle = tokio::spawn(async move {
-            // Never closed. Whoever waits for room does not keep those from storing who have it.
-            if let Some(room) = &room
-                && let Ok(permit) = rooms.acquire_owned().await
-            {
-                let _ = room.set(permit);
+            // Whoever waits for room does not keep those from storing who have it.
+            if let Some((room, turn)) = room {
+                let _ = room.set(turn.await);
             }
-            drop(room);
-            let permit = permits.acquire_owned().await;
+            let turn = turn.await;
             begins.store(true, Ordering::Relaxed);
             // Whatever becomes of the work, a panic included, the job is not left waiting.
             let mut told = Told { ends, wake, job, woken: Some(woken) };
             let result: Box<dyn Any + Send> = Box::new(work.await);
-            drop(permit);
+            drop(turn);
             told.tell();
             result
         });
@@ -289,7 +353,7 @@ mod tests {
         what: &str,
         work: oneshot::Receiver<u8>,
     ) -> Waited<Result<u8, oneshot::error::RecvError>> {
-        pool.run(&owner(name), what, || {}, || work).await
+        pool.run(Kind::Input, &owner(name), what, || {}, || work).await
     }
 
     #[tokio::test]
@@ -337,12 +401,50 @@ mod tests {
         };
         let (first, second) = (read("a").await.unwrap(), read("b").await.unwrap());
         assert!(read("c").await.is_none());
-        let stored: Waited<u8> = pool.run(&owner("a"), "store", || {}, || async { 1 }).await;
+        let stored: Waited<u8> = pool.run(Kind::Results, &owner("a"), "store", || {}, || async { 1 }).await;
         assert!(matches!(stored, Waited::Done(1)));
         drop(first);
         assert_eq!(woken.next().await.unwrap().name, "c");
         assert!(read("c").await.is_some());
         drop(second);
+    }
+
+    /// Results expire.
+    #[tokio::test]
+    async fn results_do_not_wait_for_inputs() {
+        let (pool, _woken) = pool(1);
+        let (_goes_on, work) = oneshot::channel();
+        assert!(matches!(run(&pool, "a", "read", work).await, Waited::Running));
+        let stored: Waited<u8> = pool.run(Kind::Results, &owner("b"), "store", || {}, || async { 1 }).await;
+        assert!(matches!(stored, Waited::Done(1)));
+    }
+
+    #[tokio::test]
+    async fn a_namespace_whose_stores_are_slow_leaves_the_others_a_turn() {
+        let (pool, mut woken) = pool(3);
+        let mut goes_on = Vec::new();
+        let mut begin = async |namespace: &str, name: &str| {
+            let (done, work) = oneshot::channel::<u8>();
+            goes_on.push((name.to_owned(), done));
+            let owner = Owner { namespace: namespace.into(), ..owner(name) };
+            pool.run(Kind::Results, &owner, "store", || {}, || work).await
+        };
+        for name in ["a", "b"] {
+            assert!(matches!(begin("slow", name).await, Waited::Running));
+        }
+        assert!(matches!(begin("slow", "c").await, Waited::Queued));
+        assert!(matches!(begin("other", "d").await, Waited::Running));
+        assert!(matches!(begin("third", "e").await, Waited::Queued));
+        // Whose turn it is: not only its namespace's, but anybody's.
+        let (_, done) = goes_on.remove(0);
+        done.send(1).unwrap();
+        assert_eq!(woken.next().await.unwrap().name, "a");
+        for name in ["e", "c"] {
+            let at = goes_on.iter().position(|(there, _)| there == name).unwrap();
+            goes_on.remove(at).1.send(1).unwrap();
+        }
+        assert_eq!(woken.next().await.unwrap().name, "e");
+        assert_eq!(woken.next().await.unwrap().name, "c");
     }
 
     #[tokio::test]
@@ -375,14 +477,15 @@ mod tests {
             let _ = work.await;
             panic!("a defect")
         };
-        let waited: Waited<()> = pool.run(&owner("a"), "read", || {}, || panics).await;
+        let waited: Waited<()> = pool.run(Kind::Input, &owner("a"), "read", || {}, || panics).await;
         assert!(matches!(waited, Waited::Running));
         done.send(1).unwrap();
         assert_eq!(woken.next().await.unwrap().name, "a");
         let a = owner("a");
-        let again = std::panic::AssertUnwindSafe(pool.run::<(), _>(&a, "read", || {}, || async {}));
+        let again =
+            std::panic::AssertUnwindSafe(pool.run::<(), _>(Kind::Input, &a, "read", || {}, || async {}));
         assert!(again.catch_unwind().await.is_err());
-        let free: Waited<u8> = pool.run(&owner("b"), "read", || {}, || async { 1 }).await;
+        let free: Waited<u8> = pool.run(Kind::Input, &owner("b"), "read", || {}, || async { 1 }).await;
         assert!(matches!(free, Waited::Done(1)), "its place in the pool is free again");
     }
 }

@@ -22,7 +22,7 @@ use crate::controller::gather::aside;
 use crate::controller::memory::{Memory, OutputObject, after};
 use crate::controller::output_store::{self, Done};
 use crate::controller::run::Context;
-use crate::controller::transfers::Waited;
+use crate::controller::transfers::{Kind, Waited};
 use crate::controller::watched::Watched;
 use crate::controller::{Problem, output, stored};
 use crate::crash;
@@ -358,7 +358,10 @@ async fn beside<T: Send + 'static, F>(
 where
     F: Future<Output = T> + Send + 'static,
 {
-    let waited = ctx.transfers.run(&stored::owner(parent), what, stored::woken(ctx, parent), work).await;
+    let waited = ctx
+        .transfers
+        .run(Kind::Results, &stored::owner(parent), what, stored::woken(ctx, parent), work)
+        .await;
     memory.transfer = Some(match waited {
         Waited::Done(done) => return Some(done),
         Waited::Running => stored::waiting(says),

@@ -87,6 +87,10 @@ impl Cutter {
         if full {
             self.close();
         }
+        if self.open.is_none() && self.parts.len() >= MAX_SHARDS {
+            self.too_many = true;
+            return Ok(());
+        }
         let open = self.open.get_or_insert_with(|| Open {
             offset: start,
             end,
@@ -103,12 +107,13 @@ impl Cutter {
     }
 
     fn close(&mut self) {
-        let Some(open) = self.open.take() else { return };
-        if self.parts.len() < MAX_SHARDS {
-            self.parts.push(open.close());
-        } else {
-            self.too_many = true;
-        }
+        self.parts.extend(self.open.take().map(Open::close));
+    }
+
+    /// Whether it is certain already that there are too many parts, which [`Self::finish`] says.
+    #[must_use]
+    pub fn is_in_vain(&self) -> bool {
+        self.too_many
     }
 
     /// The whole input was read. `source`: what messages call it.
@@ -197,6 +202,19 @@ mod tests {
 
     fn line(key: &str) -> String {
         json!({"key": key, "request": {"contents": []}}).to_string()
+    }
+
+    #[test]
+    fn too_many_parts_are_seen_at_once_and_not_at_the_end() {
+        let of = |lines: usize| {
+            let mut cutter = Cutter::new(limits(Some(1), 1 << 20));
+            (0..lines).for_each(|n| cutter.push("x", 2 * n as u64, 2 * n as u64 + 2).unwrap());
+            (cutter.is_in_vain(), cutter.finish("it"))
+        };
+        let (in_vain, plan) = of(MAX_SHARDS);
+        assert_eq!((in_vain, plan.unwrap().parts.len()), (false, MAX_SHARDS));
+        let (in_vain, refused) = of(MAX_SHARDS + 1);
+        assert!(in_vain && refused.unwrap_err().message.contains("more than 1000 parts"));
     }
 
     #[test]
