@@ -736,7 +736,15 @@ pub struct InputRange {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[x_kube(
     validation = Rule::new("has(self.uri) != has(self.prefix)")
-        .message("spec.input.objectStore needs exactly one of uri (one object) and prefix (all objects below it)")
+        .message("spec.input.objectStore needs exactly one of uri (one object) and prefix (all objects below it)"),
+    validation = Rule::new("!has(self.endpoint) || has(self.credentialsRef)").message(
+        "endpoint needs credentialsRef: the operator's own identity is shown to the clouds' own endpoints only"
+    ),
+    validation = Rule::new(
+        "!has(self.region) || (has(self.uri) && self.uri.startsWith('s3://')) || \
+         (has(self.prefix) && self.prefix.startsWith('s3://'))"
+    )
+    .message("region is for s3:// only: leave it out")
 )]
 pub struct ObjectStoreInput {
     /// One object: `s3://BUCKET/KEY`, `gs://BUCKET/KEY`, `az://ACCOUNT/CONTAINER/KEY`, or `file://NAME/PATH` in a
@@ -833,6 +841,13 @@ pub struct Output {
 /// A place for results in an object store.
 #[derive(Serialize, Deserialize, KubeSchema, Clone, Debug, Default, PartialEq, Eq)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[x_kube(
+    validation = Rule::new("!has(self.endpoint) || has(self.credentialsRef)").message(
+        "endpoint needs credentialsRef: the operator's own identity is shown to the clouds' own endpoints only"
+    ),
+    validation = Rule::new("!has(self.region) || self.uri.startsWith('s3://')")
+        .message("region is for s3:// only: leave it out")
+)]
 pub struct ObjectStoreOutput {
     /// Below which everything is written: `s3://BUCKET/PATH`, `gs://BUCKET/PATH`, `az://ACCOUNT/CONTAINER/PATH`, or
     /// `file://NAME/PATH` in a directory that an administrator mapped to NAME for results. One for each job. A / at

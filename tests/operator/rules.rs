@@ -66,7 +66,12 @@ async fn specs_are_accepted_and_refused() {
         assert!(job.is_ok(), "{spec}: {job:?}");
     }
     let requests = |list: Value| changed(|s| s["input"] = json!({"requests": list}));
+    let to = |place: Value| changed(|s| s["output"] = json!({ "objectStore": place }));
     let refused = [
+        (stored(json!({"uri": "s3://b/k", "endpoint": "https://x"})), "endpoint needs credentialsRef"),
+        (to(json!({"uri": "s3://b/k", "endpoint": "https://x"})), "endpoint needs credentialsRef"),
+        (stored(json!({"prefix": "gs://b/d/", "region": "eu"})), "region is for s3:// only"),
+        (to(json!({"uri": "az://account/box", "region": "eu"})), "region is for s3:// only"),
         (changed(|s| s["model"] = json!("../x")), "must be the name of a Gemini model"),
         (changed(|s| s["model"] = json!("")), "spec.model"),
         (
