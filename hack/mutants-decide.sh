@@ -25,13 +25,13 @@ printf 'pub mod api;\npub mod gemini;\npub mod store;\n' >"$tree/base/lib.rs"
   section dependencies
 } >"$tree/base/Cargo.toml"
 
-modules='collect|decide|destination|ending|identity|input|join|keys|memory|report|request|retry|shards|watched'
+modules='collect|decide|destination|ending|identity|input|join|keys|memory|report|request|retry|shards|transfers|watched'
 for module in ${modules//|/ }; do
   cp -r "src/controller/$module"* "$tree/src/controller/"
 done
 # Of these only what needs no client.
-sed -i -E '/^pub mod (act|family|merge);/d' "$tree/src/controller/shards/mod.rs"
-rm "$tree"/src/controller/shards/{act,family,merge}.rs
+sed -i -E '/^pub mod (act|family|merge|parts);/d' "$tree/src/controller/shards/mod.rs"
+rm "$tree"/src/controller/shards/{act,family,merge,parts}.rs
 sed -E "/^pub mod /{/ ($modules);/!d}" src/controller/mod.rs >"$tree/src/controller/mod.rs"
 printf 'pub use base::{api, gemini, store};\npub mod controller;\n' >"$tree/src/lib.rs"
 {
