@@ -358,21 +358,20 @@ impl Shelves {
         let root = Location::directory(&at.uri, "spec.output.objectStore.uri").map_err(|e| failure(&e))?;
         let store = ObjectStoreOutput { uri: root.root(), ..at.clone() };
         let open = self.0.iter().find(|(known, _)| *known == store).map(|(_, open)| Arc::clone(open));
-        let mut shelf = match open {
-            Some(open) => Shelf::within(ctx, open, root, job, at),
-            None => {
-                let shelf = Shelf::open(ctx, job, at).await?;
-                self.0.push((store, Arc::clone(&shelf.store)));
-                shelf
-            }
+        let mut place = if let Some(open) = open {
+            Shelf::within(ctx, open, root, job, at)
+        } else {
+            let place = Shelf::open(ctx, job, at).await?;
+            self.0.push((store, Arc::clone(&place.store)));
+            place
         };
         // A part that ended without results has given its own back.
         let own = job.spec.output.as_ref().and_then(|output| output.object_store.as_ref());
         let own = own.and_then(|own| Location::directory(&own.uri, FIELD).ok());
-        shelf
+        place
             .proofs
-            .extend(own.filter(|own| own.root() == shelf.root.root()).map(|own| own.path.join(RESERVATION)));
-        Ok(shelf)
+            .extend(own.filter(|own| own.root() == place.root.root()).map(|own| own.path.join(RESERVATION)));
+        Ok(place)
     }
 }
 
@@ -461,7 +460,7 @@ impl<'a> Sink<'a> {
         self.open_line = *last != b'\n';
         self.hash.update(bytes);
         self.bytes += number(bytes.len());
-        self.lines += number(bytes.iter().filter(|b| **b == b'\n').count());
+        self.lines += number(bytes.split(|b| *b == b'\n').count() - 1);
         self.writer.write(bytes).await.map_err(|e| failure(&e))
     }
 

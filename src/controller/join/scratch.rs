@@ -104,6 +104,12 @@ impl Spool {
         Self { scratch: scratch.clone(), file: None, tail: Vec::new(), memory }
     }
 
+    /// Whether nothing was added yet.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Bytes so far.
     #[must_use]
     pub fn len(&self) -> u64 {

@@ -207,7 +207,7 @@ impl Lot for Texts {
     async fn part(&mut self, _: usize, part: Part) -> Result<(), Failure> {
         let text = match part.lines {
             Lines::Map(_, text) => text,
-            Lines::Objects(shelf) => {
+            Lines::Objects(place) => {
                 let size = |what| named(&part.manifest.objects, what).map_or(0, |o| o.bytes);
                 let all = size(What::Results) + size(What::Missing) + size(What::Unmatched);
                 let all = usize::try_from(all).unwrap_or(usize::MAX);
@@ -222,7 +222,7 @@ impl Lot for Texts {
                     (What::Unmatched, &mut text.unmatched),
                 ] {
                     if let Some(object) = named(&part.manifest.objects, what) {
-                        *to = shelf.text(object).await?;
+                        *to = place.text(object).await?;
                     }
                 }
                 text
@@ -318,7 +318,7 @@ pub struct Whole {
 enum Source {
     /// The ConfigMap of that name, with the results of that part.
     Map(usize, String),
-    Objects(Shelf, Vec<StoredObject>),
+    Objects(Box<Shelf>, Vec<StoredObject>),
     /// From there to there in the keys without a result.
     Keys(u64, u64),
 }
@@ -327,10 +327,10 @@ impl Lot for Whole {
     async fn part(&mut self, index: usize, part: Part) -> Result<(), Failure> {
         self.parts.push(match part.lines {
             Lines::Map(name, _) => Source::Map(index, name),
-            Lines::Objects(shelf) => {
+            Lines::Objects(place) => {
                 let results = named(&part.manifest.objects, What::Results).map_or(0, |o| o.bytes);
                 self.bytes = self.bytes.saturating_add(u64::try_from(results).unwrap_or(0));
-                Source::Objects(shelf, part.manifest.objects)
+                Source::Objects(Box::new(place), part.manifest.objects)
             }
         });
         Ok(())
@@ -375,9 +375,9 @@ impl Whole {
                         What::Unmatched => sink.put(text.unmatched.as_bytes()).await?,
                     }
                 }
-                Source::Objects(shelf, objects) => {
+                Source::Objects(place, objects) => {
                     if let Some(object) = named(objects, what) {
-                        shelf.copy(object, sink).await?;
+                        place.copy(object, sink).await?;
                     }
                 }
                 Source::Keys(from, to) if what == What::Missing => self.keys(*from, *to, sink).await?,

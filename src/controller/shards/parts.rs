@@ -100,8 +100,8 @@ pub async fn all<'a>(
         match place(parent, index, slot) {
             Some(Destination::ConfigMap(name)) => work.push(in_map(ctx, parent, child, name).boxed()),
             Some(Destination::Store(at)) => {
-                let shelf = shelves.open(ctx, parent, &at).await?;
-                work.push(in_store(parent, child, shelf).boxed());
+                let place = shelves.open(ctx, parent, &at).await?;
+                work.push(in_store(parent, child, place).boxed());
             }
             None => work.push(std::future::ready(Ok(None)).boxed()),
         }
@@ -165,10 +165,10 @@ pub fn is_part(parent: &GeminiBatchJob, child: &str, map: &ConfigMap) -> bool {
         && says(JOB_NAME_ANNOTATION) == Some(child)
 }
 
-async fn in_store(parent: &GeminiBatchJob, child: String, shelf: Shelf) -> Result<Option<Part>, Failure> {
-    let there = shelf.catalogue().await?;
+async fn in_store(parent: &GeminiBatchJob, child: String, place: Shelf) -> Result<Option<Part>, Failure> {
+    let there = place.catalogue().await?;
     let manifest = there.and_then(|there| manifest_of(parent, &child, there));
-    Ok(manifest.map(|manifest| Part { manifest, lines: Lines::Objects(shelf) }))
+    Ok(manifest.map(|manifest| Part { manifest, lines: Lines::Objects(place) }))
 }
 
 /// The manifest of a part's results, if they are of that child of that very parent.
@@ -261,13 +261,13 @@ async fn drop_map(
     super::act::unless_gone(maps(ctx, parent).delete(&name, &params).await).map_err(Failure::Kubernetes)
 }
 
-async fn drop_objects(parent: &GeminiBatchJob, child: String, shelf: Shelf) -> Result<(), Failure> {
-    match shelf.catalogue().await? {
+async fn drop_objects(parent: &GeminiBatchJob, child: String, place: Shelf) -> Result<(), Failure> {
+    match place.catalogue().await? {
         Some(there) => match manifest_of(parent, &child, there) {
-            Some(manifest) => shelf.empty(&manifest.objects).await,
+            Some(manifest) => place.empty(&manifest.objects).await,
             None => Ok(()),
         },
         // Its job could not give it back.
-        None => shelf.withdraw(&child).await,
+        None => place.withdraw(&child).await,
     }
 }
