@@ -27,8 +27,8 @@ use self::jobs::{Kind, Raw, There, Watch};
 use crate::machine::{self, Usage};
 use crate::numbers::{float, median, mib, percentile};
 use crate::parts::{Clock, ControlPlane, Operator, Simulator};
-use crate::table::Table;
 use crate::say;
+use crate::table::Table;
 
 /// What the run needs, and how large it is.
 #[derive(clap::Args)]
@@ -439,7 +439,9 @@ impl Bench<'_> {
         let clock = Clock { origin_ms: Timestamp::now().as_millisecond(), factor: HOUR_FACTOR };
         let simulator = Simulator::start(&self.args.simulator, 3600, Some(clock), self.logs).await?;
         let own = Some((namespace, clock));
-        let operator = Operator::start(&self.args.operator, &self.control_plane, &simulator, own, &[], self.logs).await?;
+        let operator =
+            Operator::start(&self.args.operator, &self.control_plane, &simulator, own, &[], self.logs)
+                .await?;
         let watch = Watch::start(&self.client, namespace, "Succeeded");
         jobs::create(&self.client, namespace, HOUR_JOBS, Kind::Runs, true).await?;
         watch.all(HOUR_JOBS).await?;

@@ -20,6 +20,7 @@ use super::run::Context;
 use super::stored::{self, Failure};
 use super::{Credential, Problem, decide, earlier, observe, output};
 use crate::api::{GeminiBatchJob, Reason};
+use crate::crash;
 use crate::gemini::results::{self, ResultLine};
 use crate::gemini::{self, Batch, BatchName};
 
@@ -244,6 +245,7 @@ impl Order {
                 }
             };
             taken.map_err(|e| no_room(&e))?;
+            crash::at("results", "line");
         }
         Ok(ResultFile {
             name: file.map(|f| f.to_string()),

@@ -506,6 +506,7 @@ impl Delivery {
         let written = async {
             while let Some(bytes) = chunk.take() {
                 writer.write(&bytes).await.map_err(|e| failure(&e))?;
+                crash::at("publish", "chunk");
                 chunk = next()?;
             }
             Ok(())

@@ -28,6 +28,7 @@ use super::shards::{
 use super::transfers::{Owner, Waited};
 use super::{Credential, InputFacts, Problem, act, decide, earlier, input, request};
 use crate::api::{GeminiBatchJob, LocalRef, Method, ObjectStoreInput, Reason};
+use crate::crash;
 use crate::gemini::{self, CHUNK_BYTES, FileName, Session, Upload};
 use crate::store::{self, Access, Kind, Location, Object, Purpose, Reader, Store, Stores};
 
@@ -780,6 +781,7 @@ async fn send(
         let mut offset = begin;
         while let Some(chunk) = ready.recv().await {
             offset = gemini.upload_chunk(&session, offset, &chunk).await?;
+            crash::at("upload", "chunk");
         }
         Ok(offset)
     };
