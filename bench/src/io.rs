@@ -255,6 +255,12 @@ struct Took {
     sha256: String,
 }
 
+impl Took {
+    fn both(&self) -> u64 {
+        self.bytes.iter().sum()
+    }
+}
+
 /// Bytes in millions.
 fn mega(bytes: u64) -> f64 {
     // exact up to 2^53
@@ -483,15 +489,26 @@ impl Bench<'_> {
             let each: Vec<_> = all.iter().map(|share| format!("{:.0}", share * 100.0)).collect();
             (median(&all), format!("{:.0} % ({})", median(&all) * 100.0, each.join(", ")))
         };
-        let time = |copy: &Copied| copy.took.as_secs_f64();
+        // Bytes of a copy are counted once, and so are those that a job takes in and those that it gives out.
+        let input = jobs.first().map_or(0, |job| job.bytes[0]);
+        let of_copy = |copy: &Copied| speed(input, copy.took);
         let rows = [
             (
-                "in and out: time of a copy / time of a job",
-                share(&|j, c| time(c) / (j.input + j.output).as_secs_f64()),
+                "MB/s in and out, of a copy's",
+                share(&|job, copy| speed(job.both(), job.input + job.output) / of_copy(copy)),
             ),
-            ("  in alone: read twice, checked, sent", share(&|j, c| time(c) / j.input.as_secs_f64())),
-            ("  out alone: read, joined, written", share(&|j, c| time(c) / j.output.as_secs_f64())),
-            ("in and out, by processor time", share(&|j, c| c.cpu.as_secs_f64() / j.cpu.as_secs_f64())),
+            (
+                "  in: read twice, checked, sent",
+                share(&|job, copy| speed(job.bytes[0], job.input) / of_copy(copy)),
+            ),
+            (
+                "  out: read, joined, written",
+                share(&|job, copy| speed(job.bytes[1], job.output) / of_copy(copy)),
+            ),
+            (
+                "MB by processor time, of a copy's",
+                share(&|job, copy| speed(job.both(), job.cpu) / speed(input, copy.cpu)),
+            ),
         ];
         for (what, (median, measured)) in rows {
             self.table.timed(what, ">= 50 %", measured, median >= SHARE);

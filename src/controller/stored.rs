@@ -13,6 +13,7 @@ use bytes::{Bytes, BytesMut};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Secret;
 use kube::{Api, Client, ResourceExt as _};
+use memchr::memchr;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
@@ -357,7 +358,7 @@ impl<'a> LineReader<'a> {
         each: &mut impl FnMut(Line<'_>) -> Result<(), String>,
     ) -> Result<(), Failure> {
         let mut rest = bytes;
-        while let Some(end) = rest.iter().position(|b| *b == b'\n') {
+        while let Some(end) = memchr(b'\n', rest) {
             let (line, after) = rest.split_at(end);
             rest = &after[1..];
             if self.partial.is_empty() {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use object_store::path::Path;
 use object_store::{
     MultipartUpload, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutPayload, UpdateVersion,
@@ -139,7 +139,7 @@ impl Store {
     /// Begins to write an object. Nobody sees it before [`Writer::finish`].
     #[must_use]
     pub fn write(&self, path: &Path) -> Writer<'_> {
-        Writer { store: self, path: path.clone(), buffer: BytesMut::new(), size: 0, to: To::Nowhere }
+        Writer { store: self, path: path.clone(), buffer: Vec::new(), size: 0, to: To::Nowhere }
     }
 }
 
@@ -155,7 +155,7 @@ pub struct Writer<'a> {
     store: &'a Store,
     path: Path,
     /// Less than a part.
-    buffer: BytesMut,
+    buffer: Vec<u8>,
     size: u64,
     to: To,
 }
@@ -178,11 +178,17 @@ impl Writer<'_> {
     pub async fn write(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
         while !bytes.is_empty() {
             let (now, rest) = bytes.split_at(bytes.len().min(PART_BYTES - self.buffer.len()));
+            let wanted = self.buffer.len() + now.len();
+            if wanted > self.buffer.capacity() {
+                // Grows as a vector does, but not beyond a part: what a part has in excess is held until it has been sent.
+                let wanted = wanted.max(self.buffer.capacity() * 2).min(PART_BYTES);
+                self.buffer.reserve_exact(wanted - self.buffer.len());
+            }
             self.buffer.extend_from_slice(now);
             bytes = rest;
             if self.buffer.len() == PART_BYTES {
-                let part = self.buffer.split().freeze();
-                self.part(part).await?;
+                let part = std::mem::take(&mut self.buffer);
+                self.part(part.into()).await?;
             }
         }
         Ok(())
@@ -211,7 +217,7 @@ impl Writer<'_> {
 
     /// All bytes are there: now it is an object. Its size.
     pub async fn finish(mut self) -> Result<u64, Error> {
-        let rest = self.buffer.split().freeze();
+        let rest = Bytes::from(std::mem::take(&mut self.buffer));
         let is_small = matches!(self.to, To::Nowhere);
         if let (true, Backend::Remote(remote)) = (is_small, &self.store.backend) {
             let size = rest.len() as u64;
@@ -322,4 +328,36 @@ async fn take_back(mut upload: Box<dyn MultipartUpload>) {
         tokio::time::sleep(pause).await;
     }
     tracing::warn!("parts of an object that was given up could not be deleted: see the bucket's rules");
+}
+
+#[cfg(test)]
+mod tests {
+    use object_store::memory::InMemory;
+
+    use super::super::{Purpose, Timeouts};
+    use super::*;
+
+    /// What a part has in excess would be held until it has been sent, three times.
+    #[tokio::test]
+    async fn a_part_takes_no_more_memory_than_it_has_bytes() {
+        let memory = Arc::new(InMemory::new());
+        let store = Store {
+            backend: Backend::Remote(Arc::clone(&memory) as Arc<dyn ObjectStore>),
+            host: "memory".to_owned(),
+            timeouts: Timeouts::default(),
+            root: "memory://".to_owned(),
+            field: "spec.output.objectStore".to_owned(),
+            purpose: Purpose::Write,
+        };
+        let path = Path::from("large");
+        let piece: Vec<u8> = (0..=u8::MAX).cycle().take(300_001).collect();
+        let mut writer = store.write(&path);
+        for _ in 0..50 {
+            writer.write(&piece).await.unwrap();
+            assert!(writer.held() <= PART_BYTES, "{}", writer.held());
+        }
+        assert_eq!(writer.finish().await.unwrap(), 50 * 300_001);
+        let content = memory.get(&path).await.unwrap().bytes().await.unwrap();
+        assert!(content == piece.repeat(50), "all of it, in order");
+    }
 }
