@@ -73,6 +73,8 @@ const DEADLINE: Duration = Duration::from_mins(60);
 /// A job ends by then, kills included.
 const JOB_DEADLINE: Duration = Duration::from_mins(20);
 const STEP: Duration = Duration::from_millis(50);
+/// Longer than the kernel waits before it reports free memory to a host.
+const SETTLE: Duration = Duration::from_secs(10);
 const SHARE: f64 = 0.5;
 const RSS_KIB: u64 = 64 * 1024;
 /// Less than a line takes that says nothing but its key.
@@ -289,8 +291,18 @@ impl Bench<'_> {
         Ok(Duration::from_nanos(both))
     }
 
+    /// Waits until what was before is over: dirty pages are written, and memory that was freed is back where it came from.
+    /// Virtual machines give it back to their host a moment later, after which it costs ten times as much to write to it:
+    /// whatever comes right after something large has ended would be measured with memory that is nearly free.
+    async fn settle(&self) -> anyhow::Result<()> {
+        Command::new("sync").status().await?;
+        tokio::time::sleep(SETTLE).await;
+        Ok(())
+    }
+
     /// Reads the input and writes it to another object.
     async fn copy(&self) -> anyhow::Result<Copied> {
+        self.settle().await?;
         let (from, to) = (self.store.head(&LARGE.into()).await?, "copy".into());
         let (start, before) = (Instant::now(), self.spent(std::process::id())?);
         let mut reader = self.store.read(&from);
@@ -380,6 +392,7 @@ impl Bench<'_> {
 
     /// Runs a job with nothing in its way, with an operator and a simulator of its own. Its results are deleted.
     async fn job(&self, name: &str, input: &str, requests: usize) -> anyhow::Result<Took> {
+        self.settle().await?;
         let simulator = self.simulator().await?;
         let operator = self.operator(&simulator).await?;
         let idle = operator.usage()?.rss;

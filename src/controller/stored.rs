@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Secret;
 use kube::{Api, Client, ResourceExt as _};
@@ -31,7 +31,7 @@ use super::{Credential, InputFacts, Problem, act, decide, earlier, input, reques
 use crate::api::{GeminiBatchJob, LocalRef, Method, ObjectStoreInput, Reason};
 use crate::crash;
 use crate::gemini::{self, CHUNK_BYTES, FileName, Session, Upload};
-use crate::store::{self, Access, Kind, Location, Object, Purpose, Reader, Store, Stores};
+use crate::store::{self, Access, Block, Kind, Location, Object, Purpose, Reader, Store, Stores};
 
 /// Where it stands in the job, for messages.
 const FIELD: &str = "spec.input.objectStore";
@@ -811,7 +811,7 @@ async fn fill(
     chunks: mpsc::Sender<Bytes>,
 ) -> Result<Bytes, Failure> {
     let mut tally = Tally::default();
-    let mut cutter = Cutter { skip: begin, open: BytesMut::new(), full: VecDeque::new() };
+    let mut cutter = Cutter { skip: begin, open: None, full: VecDeque::new() };
     while lines
         .step(|line| {
             if stored.answered.as_ref().is_some_and(|lines| lines.contains(line.number)) {
@@ -834,7 +834,7 @@ async fn fill(
     if now != stored.facts {
         return Err(Failure::Changed);
     }
-    Ok(cutter.open.freeze())
+    Ok(cutter.open.map(Block::freeze).unwrap_or_default())
 }
 
 /// Cuts bytes into chunks, each with memory of its own and no more than that: three of them are all that a transfer holds.
@@ -842,7 +842,7 @@ struct Cutter {
     /// Bytes that have arrived already.
     skip: u64,
     /// The chunk that is being filled. Never empty once there was a byte: the last one must not be.
-    open: BytesMut,
+    open: Option<Block>,
     full: VecDeque<Bytes>,
 }
 
@@ -852,15 +852,10 @@ impl Cutter {
         self.skip -= known as u64;
         let mut rest = &bytes[known..];
         while !rest.is_empty() {
-            if self.open.len() == CHUNK_BYTES {
-                self.full.push_back(std::mem::take(&mut self.open).freeze());
+            if let Some(full) = self.open.take_if(|open| open.is_full()) {
+                self.full.push_back(full.freeze());
             }
-            if self.open.is_empty() {
-                self.open = BytesMut::with_capacity(CHUNK_BYTES);
-            }
-            let (part, after) = rest.split_at(rest.len().min(CHUNK_BYTES - self.open.len()));
-            self.open.extend_from_slice(part);
-            rest = after;
+            rest = self.open.get_or_insert_with(|| Block::new(CHUNK_BYTES)).push(rest);
         }
     }
 }
@@ -974,7 +969,7 @@ mod tests {
             skip in 0usize..CHUNK_BYTES,
         ) {
             let bytes: Vec<u8> = (0..sizes.iter().sum()).map(|i: usize| i.to_le_bytes()[i % 3]).collect();
-            let mut cutter = Cutter { skip: skip as u64, open: BytesMut::new(), full: VecDeque::new() };
+            let mut cutter = Cutter { skip: skip as u64, open: None, full: VecDeque::new() };
             let mut rest = bytes.as_slice();
             for size in sizes {
                 let (part, after) = rest.split_at(size);
@@ -982,9 +977,10 @@ mod tests {
                 rest = after;
             }
             prop_assert!(cutter.full.iter().all(|chunk| chunk.len() == CHUNK_BYTES));
-            prop_assert!(bytes.len() <= skip || !cutter.open.is_empty());
+            let open = cutter.open.map(Block::freeze).unwrap_or_default();
+            prop_assert!(bytes.len() <= skip || !open.is_empty());
             let mut all: Vec<u8> = cutter.full.iter().flat_map(|chunk| chunk.to_vec()).collect();
-            all.extend_from_slice(&cutter.open);
+            all.extend_from_slice(&open);
             prop_assert!(all == bytes[skip.min(bytes.len())..]);
         }
     }

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 
 use super::error::{self, Error, Kind};
 use super::mapped::Draft;
-use super::{Backend, Store};
+use super::{Backend, Block, Store};
 
 /// Bytes of a part of a stream. All but the last have this size: some stores want them equal, S3 no smaller, and of ten
 /// thousand of them at most.
@@ -139,7 +139,7 @@ impl Store {
     /// Begins to write an object. Nobody sees it before [`Writer::finish`].
     #[must_use]
     pub fn write(&self, path: &Path) -> Writer<'_> {
-        Writer { store: self, path: path.clone(), buffer: Vec::new(), size: 0, to: To::Nowhere }
+        Writer { store: self, path: path.clone(), buffer: None, size: 0, to: To::Nowhere }
     }
 }
 
@@ -155,7 +155,7 @@ pub struct Writer<'a> {
     store: &'a Store,
     path: Path,
     /// Less than a part.
-    buffer: Vec<u8>,
+    buffer: Option<Block>,
     size: u64,
     to: To,
 }
@@ -171,24 +171,18 @@ impl Writer<'_> {
     /// Bytes held in memory, apart from parts that are on their way.
     #[must_use]
     pub fn held(&self) -> usize {
-        self.buffer.capacity()
+        self.buffer.as_ref().map_or(0, Block::len)
     }
 
     /// Adds bytes; waits while enough are on their way.
     pub async fn write(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
         while !bytes.is_empty() {
-            let (now, rest) = bytes.split_at(bytes.len().min(PART_BYTES - self.buffer.len()));
-            let wanted = self.buffer.len() + now.len();
-            if wanted > self.buffer.capacity() {
-                // Grows as a vector does, but not beyond a part: what a part has in excess is held until it has been sent.
-                let wanted = wanted.max(self.buffer.capacity() * 2).min(PART_BYTES);
-                self.buffer.reserve_exact(wanted - self.buffer.len());
-            }
-            self.buffer.extend_from_slice(now);
-            bytes = rest;
-            if self.buffer.len() == PART_BYTES {
-                let part = std::mem::take(&mut self.buffer);
-                self.part(part.into()).await?;
+            let buffer = self.buffer.get_or_insert_with(|| Block::new(PART_BYTES));
+            bytes = buffer.push(bytes);
+            if buffer.is_full()
+                && let Some(part) = self.buffer.take()
+            {
+                self.part(part.freeze()).await?;
             }
         }
         Ok(())
@@ -217,7 +211,7 @@ impl Writer<'_> {
 
     /// All bytes are there: now it is an object. Its size.
     pub async fn finish(mut self) -> Result<u64, Error> {
-        let rest = Bytes::from(std::mem::take(&mut self.buffer));
+        let rest = self.buffer.take().map(Block::freeze).unwrap_or_default();
         let is_small = matches!(self.to, To::Nowhere);
         if let (true, Backend::Remote(remote)) = (is_small, &self.store.backend) {
             let size = rest.len() as u64;
@@ -337,9 +331,8 @@ mod tests {
     use super::super::{Purpose, Timeouts};
     use super::*;
 
-    /// What a part has in excess would be held until it has been sent, three times.
     #[tokio::test]
-    async fn a_part_takes_no_more_memory_than_it_has_bytes() {
+    async fn what_is_written_in_pieces_is_put_together_in_order() {
         let memory = Arc::new(InMemory::new());
         let store = Store {
             backend: Backend::Remote(Arc::clone(&memory) as Arc<dyn ObjectStore>),
