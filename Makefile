@@ -140,7 +140,7 @@ bench-receiver: ## Measure the receiver beside bare axum on two cores; fails if 
 
 .PHONY: bench-io
 bench-io: toolchain control-plane ## Measure a job of 1 GB from and to a local S3 server beside a plain copy; fails if a hard limit does not hold
-	@$(CARGO) build --release --locked --workspace
+	@$(CARGO) build --release --locked -p gemini-batch-operator -p gemini-simulator -p gemini-batch-bench
 	devcluster="$$(hack/devcluster/ensure.sh)"
 	store="$$(hack/go-tool.sh versitygw)"
 	release="$(TARGET_DIR)/release"

@@ -1,19 +1,24 @@
 //! `make bench-io`: a job of a gigabyte, whose requests come from an S3 server and whose results go back to it.
 //!
-//! Its speed is told as a share of a plain copy through the same server, which is made with the same client right before
-//! and after. What is not a matter of time is a hard limit: memory, and that results are in input order, each once, with
-//! the hash that the status names, also if the operator is killed three times on the way.
+//! Its speed is told as a share of that of a plain copy: a program that reads the same object from the same server and
+//! writes it to another one there, and looks at nothing, with the same client (requests that are signed, parts of 5 MiB,
+//! two on their way) on the same cores. It is made in the midst of each job, when its input has been sent and its batch
+//! runs, so that both find the same machine: other work on it, and whether its memory is fresh, makes a difference of
+//! several times. The median of the rounds counts. What is not a matter of time is a hard limit: memory, one batch, and
+//! that results are in input order, each once, with the hash that the status names, also if the operator is killed three
+//! times on the way.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, anyhow, bail, ensure};
 use aws_lc_rs::digest;
 use gemini_batch_operator::api::GeminiBatchJob;
 use gemini_batch_operator::api::crd::crd;
-use gemini_batch_operator::store::{self, Access, Location, Purpose, SecretData, Settings, Store, Stores};
+use gemini_batch_operator::store::{Access, Location, Purpose, SecretData, Settings, Store, Stores};
+use jiff::Timestamp;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::conditions::is_crd_established;
@@ -23,8 +28,8 @@ use serde_json::{Value, json};
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::machine;
-use crate::numbers::mib;
+use crate::machine::{self, Usage};
+use crate::numbers::{median, mib};
 use crate::parts::{ControlPlane, Operator, Part, Simulator, free_address};
 use crate::say;
 use crate::table::Table;
@@ -53,44 +58,44 @@ pub struct Args {
     /// Requests of another job, which are as short as they can be: what matters there are its keys.
     #[arg(long, default_value_t = 1_000_000)]
     keys: usize,
+    /// How many such jobs, with a copy in each.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
 }
 
 const BUCKET: &str = "bench";
 const ACCESS_KEY: &str = "AKIABENCH";
 const SECRET_KEY: &str = "bench-secret-key";
 const NAMESPACE: &str = "default";
+const LARGE: &str = "large.jsonl";
+const KEYS: &str = "keys.jsonl";
+const COPY: &str = "copy";
 
 /// The whole run ends by then, one way or the other.
-const DEADLINE: Duration = Duration::from_mins(60);
+const DEADLINE: Duration = Duration::from_hours(1);
 /// A job ends by then, kills included.
 const JOB_DEADLINE: Duration = Duration::from_mins(20);
 const STEP: Duration = Duration::from_millis(50);
 const SHARE: f64 = 0.5;
 const RSS_KIB: u64 = 64 * 1024;
-/// A line that is nothing but its key and an empty prompt.
-const SHORTEST: usize = 60;
+/// Less than a line takes that says nothing but its key.
+const SHORTEST: usize = 0;
 
 /// Measures. Returns the hard statements that do not hold.
 pub fn measure(args: &Args) -> anyhow::Result<Vec<String>> {
     if cfg!(debug_assertions) {
         bail!("measuring a debug build says nothing: use 'make bench-io'");
     }
-    ensure!(args.requests > 0 && args.keys > 0, "there must be requests");
-    ensure!(
-        args.megabytes * 1_000_000 / args.requests > 200,
-        "the lines would be too short: fewer requests, or more bytes"
-    );
+    ensure!(args.requests > 0 && args.keys > 0 && args.rounds > 0, "there must be requests, keys and rounds");
+    let line = args.megabytes * 1_000_000 / args.requests;
+    ensure!(line > 200, "the lines would be too short: fewer requests, or more bytes");
     machine::allow_open_files(4096)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // With a thread for each core, as the operator has them: copies may use them all as well.
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let dir = std::env::temp_dir().join(format!("gbo-bench-io-{}", std::process::id()));
         std::fs::create_dir(&dir)?;
-        let result = tokio::select! {
-            result = tokio::time::timeout(DEADLINE, run(args, &dir)) => result.context("the run took too long")?,
-            _ = terminate.recv() => bail!("stopped"),
-            _ = interrupt.recv() => bail!("stopped"),
-        };
+        let result = with_control_plane(args, &dir).await;
         // The data is large, the logs are what helps.
         let _ = std::fs::remove_dir_all(dir.join("data"));
         let result = result.with_context(|| format!("logs are in {}", dir.display()))?;
@@ -99,23 +104,40 @@ pub fn measure(args: &Args) -> anyhow::Result<Vec<String>> {
     })
 }
 
+/// Runs all of it, and ends the control plane in order, whatever becomes of the rest: it has children of its own.
+async fn with_control_plane(args: &Args, dir: &Path) -> anyhow::Result<Vec<String>> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    say("starting S3 server and control plane");
+    let control_plane = ControlPlane::start(&args.devcluster, dir).await?;
+    let result = tokio::select! {
+        result = tokio::time::timeout(DEADLINE, run(args, dir, &control_plane)) => match result {
+            Ok(result) => result,
+            Err(_) => Err(anyhow!("the run took more than {} minutes", DEADLINE.as_secs() / 60)),
+        },
+        _ = terminate.recv() => Err(anyhow!("stopped")),
+        _ = interrupt.recv() => Err(anyhow!("stopped")),
+    };
+    let stopped = control_plane.stop().await;
+    let result = result?;
+    stopped?;
+    Ok(result)
+}
+
 /// Everything that is measured with.
 struct Bench<'a> {
     args: &'a Args,
     dir: &'a Path,
     client: Client,
-    control_plane: ControlPlane,
-    simulator: Simulator,
+    control_plane: &'a ControlPlane,
+    server: Part,
     store: Store,
     endpoint: String,
     table: Table,
 }
 
-async fn run(args: &Args, dir: &Path) -> anyhow::Result<Vec<String>> {
-    say("starting S3 server, control plane and simulator");
+async fn run(args: &Args, dir: &Path, control_plane: &ControlPlane) -> anyhow::Result<Vec<String>> {
     let (server, endpoint) = s3_server(&args.store, dir).await?;
     let store = open(&endpoint)?;
-    let control_plane = ControlPlane::start(&args.devcluster, dir).await?;
     let file = Kubeconfig::read_from(&control_plane.kubeconfig)?;
     let config = kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?;
     let client = Client::try_from(config)?;
@@ -124,26 +146,17 @@ async fn run(args: &Args, dir: &Path) -> anyhow::Result<Vec<String>> {
     crds.patch(&name, &PatchParams::apply("bench").force(), &Patch::Apply(&crd())).await?;
     await_condition(crds, &name, is_crd_established()).await?;
     secrets(&client).await?;
-    let simulator = Simulator::start(&args.simulator, 1, None, dir).await?;
     let table = Table::default();
-    let mut bench = Bench { args, dir, client, control_plane, simulator, store, endpoint, table };
+    let mut bench = Bench { args, dir, client, control_plane, server, store, endpoint, table };
 
-    let line = args.megabytes * 1_000_000 / args.requests;
-    bench.write_input("large.jsonl", args.requests, line).await?;
-    bench.write_input("keys.jsonl", args.keys, SHORTEST).await?;
-
-    let before = bench.copy("large.jsonl").await?;
-    let clean = bench.undisturbed().await?;
-    let after = bench.copy("large.jsonl").await?;
-    bench.tell(&clean, before.midpoint(after));
+    bench.write_input(LARGE, args.requests, args.megabytes * 1_000_000 / args.requests).await?;
+    bench.write_input(KEYS, args.keys, SHORTEST).await?;
+    let clean = bench.rounds().await?;
     bench.killed(&clean).await?;
     bench.many_keys().await?;
-
     say("");
     bench.table.print();
-    bench.simulator.stop().await?;
-    bench.control_plane.stop().await?;
-    server.kill().await?;
+    bench.server.kill().await?;
     Ok(bench.table.broken)
 }
 
@@ -199,11 +212,15 @@ fn key(number: usize) -> String {
     format!("k{number:07}")
 }
 
-/// A request whose line has so many bytes, and whose answer is as long as its prompt.
+/// A request whose line has so many bytes, and whose answer is as long as its prompt. The first one has all answers come
+/// in any order.
 fn line(number: usize, bytes: usize) -> String {
+    const END: &str = "\"}]}]}}\n";
     let key = key(number);
     let mut line = format!(r#"{{"key":"{key}","request":{{"contents":[{{"parts":[{{"text":"{key}"#);
-    const END: &str = "\"}]}]}}\n";
+    if number == 0 {
+        line.push_str(" [[sim:shuffle]]");
+    }
     if let Some(room) = bytes.checked_sub(line.len() + END.len()).filter(|room| *room > 32) {
         let _ = write!(line, " [[sim:big={room}]] "); // writing to a String cannot fail
         let filler = "Why do the stars twinkle, and what would they think of us? ";
@@ -216,30 +233,53 @@ fn line(number: usize, bytes: usize) -> String {
     line
 }
 
+/// What a plain copy took.
+#[derive(Clone, Copy)]
+struct Copied {
+    took: Duration,
+    /// Processor time of both sides.
+    cpu: Duration,
+}
+
 /// What a job took.
 struct Took {
-    /// From the job to the batch: the input is read, checked, and sent.
+    /// From the job to the last byte at Gemini: the input is read, checked, read again and sent.
     input: Duration,
-    /// From the end of the batch to the end of the job: results are read, joined and written.
+    /// From the callback to the end of the job: the results are read, joined and written, the input is read for its keys.
     output: Duration,
+    /// Processor time of operator and S3 server.
+    cpu: Duration,
     /// Of the input and of the results.
-    bytes: [f64; 2],
+    bytes: [u64; 2],
     /// Memory of the operator before the job, and the most of it, in KiB.
     idle: u64,
     peak: u64,
     /// SHA-256 of the results.
     sha256: String,
-    batch: String,
+    /// The copy that was made in its midst.
+    copied: Copied,
+}
+
+impl Took {
+    fn both(&self) -> u64 {
+        self.bytes.iter().sum()
+    }
 }
 
 /// Bytes in millions.
 fn mega(bytes: u64) -> f64 {
-    bytes as f64 / 1e6
+    // exact up to 2^53
+    Duration::from_micros(bytes).as_secs_f64()
+}
+
+fn speed(bytes: u64, took: Duration) -> f64 {
+    mega(bytes) / took.as_secs_f64()
 }
 
 impl Bench<'_> {
     async fn write_input(&self, name: &str, requests: usize, bytes: usize) -> anyhow::Result<()> {
-        let mut writer = self.store.write(&name.into());
+        let path = name.into();
+        let mut writer = self.store.write(&path);
         for number in 0..requests {
             writer.write(line(number, bytes).as_bytes()).await?;
         }
@@ -248,28 +288,42 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Reads an object and writes another one, with nothing in between. MB/s.
-    async fn copy(&self, name: &str) -> anyhow::Result<f64> {
-        let object = self.store.head(&name.into()).await?;
-        let start = Instant::now();
-        let mut reader = self.store.read(&object);
-        let mut writer = self.store.write(&"copy".into());
+    /// Processor time so far of the S3 server and another process.
+    fn spent(&self, other: u32) -> anyhow::Result<Duration> {
+        let both = Usage::of(self.server.pid()?)?.cpu + Usage::of(other)?.cpu;
+        Ok(Duration::from_nanos(both))
+    }
+
+    /// Reads an object and writes it to another one, which stays: memory that it frees would be at hand for the job.
+    async fn copy(&self, name: &str) -> anyhow::Result<Copied> {
+        let (from, to) = (self.store.head(&name.into()).await?, COPY.into());
+        let (start, before) = (Instant::now(), self.spent(std::process::id())?);
+        let mut reader = self.store.read(&from);
+        let mut writer = self.store.write(&to);
         while let Some(bytes) = reader.next().await? {
             writer.write(&bytes).await?;
         }
         writer.finish().await?;
-        let speed = mega(object.size) / start.elapsed().as_secs_f64();
-        self.store.delete(&"copy".into()).await?;
-        say(&format!("a plain copy: {speed:.1} MB/s"));
-        Ok(speed)
+        let took = start.elapsed();
+        let cpu = self.spent(std::process::id())?.saturating_sub(before);
+        say(&format!(
+            "  a plain copy: {:.1} s, {:.1} MB/s; {:.1} s of processor time",
+            took.as_secs_f64(),
+            speed(from.size, took),
+            cpu.as_secs_f64()
+        ));
+        Ok(Copied { took, cpu })
     }
 
-    async fn operator(&self) -> anyhow::Result<Operator> {
-        let temporary = self.dir.join("data/tmp");
-        std::fs::create_dir_all(&temporary)?;
-        let more = [format!("--object-store-endpoints={}", self.endpoint)];
-        Operator::start(&self.args.operator, &self.control_plane, &self.simulator, None, &more, self.dir)
-            .await
+    /// One for each job: it holds in memory what it was ever given.
+    /// Its batches run until they are ended.
+    async fn simulator(&self) -> anyhow::Result<Simulator> {
+        Simulator::start(&self.args.simulator, 3600, None, self.dir).await
+    }
+
+    async fn operator(&self, simulator: &Simulator) -> anyhow::Result<Operator> {
+        let endpoints = [format!("--object-store-endpoints={}", self.endpoint)];
+        Operator::start(&self.args.operator, self.control_plane, simulator, None, &endpoints, self.dir).await
     }
 
     fn jobs(&self) -> Api<GeminiBatchJob> {
@@ -277,15 +331,17 @@ impl Bench<'_> {
     }
 
     async fn create(&self, name: &str, input: &str) -> anyhow::Result<()> {
-        let at =
-            |uri: String| json!({"uri": uri, "credentialsRef": {"name": "store"}, "endpoint": self.endpoint});
+        let at = |path: &str| {
+            let uri = format!("s3://{BUCKET}/{path}");
+            json!({"uri": uri, "credentialsRef": {"name": "store"}, "endpoint": self.endpoint})
+        };
         let job = json!({
             "apiVersion": "geminibatch.dev/v1alpha1", "kind": "GeminiBatchJob", "metadata": {"name": name},
             "spec": {
                 "model": "gemini-2.5-flash",
                 "credentials": {"secretRef": {"name": "gemini"}},
-                "input": {"objectStore": at(format!("s3://{BUCKET}/{input}"))},
-                "output": {"objectStore": at(format!("s3://{BUCKET}/{name}"))},
+                "input": {"objectStore": at(input)},
+                "output": {"objectStore": at(name)},
             },
         });
         self.jobs().create(&PostParams::default(), &serde_json::from_value(job)?).await?;
@@ -302,11 +358,16 @@ impl Bench<'_> {
     }
 
     /// Looks at the job until `done`, for so long at most.
-    async fn until(&self, name: &str, what: &str, done: impl Fn(&Value) -> bool) -> anyhow::Result<Value> {
+    async fn until(
+        &self,
+        name: &str,
+        what: &str,
+        mut done: impl AsyncFnMut(&Value) -> anyhow::Result<bool>,
+    ) -> anyhow::Result<Value> {
         let start = Instant::now();
         loop {
             let status = self.status(name).await?;
-            if done(&status) {
+            if done(&status).await? {
                 return Ok(status);
             }
             ensure!(start.elapsed() < JOB_DEADLINE, "{name} was not {what} in time: {status}");
@@ -314,41 +375,78 @@ impl Bench<'_> {
         }
     }
 
-    /// Runs a job with nothing in its way. Its operator ends with it.
+    /// Waits for the batch. Its name.
+    async fn submitted(&self, name: &str) -> anyhow::Result<String> {
+        let status = self.until(name, "sent", async |s| Ok(submitted(s))).await?;
+        let attempts = status["attempts"].as_array().context("no attempts")?;
+        let name = attempts.iter().find_map(|attempt| attempt["batchName"].as_str());
+        Ok(name.context("no batch")?.to_owned())
+    }
+
+    async fn told(&self, name: &str) -> anyhow::Result<Value> {
+        self.until(name, "told the end of its batch", async |s| Ok(!s["callback"].is_null())).await
+    }
+
+    async fn complete(&self, name: &str) -> anyhow::Result<Value> {
+        self.until(name, "complete", async |s| Ok(succeeded(s))).await
+    }
+
+    /// Runs a job with nothing in its way, with an operator and a simulator of its own. Its results are deleted.
     async fn job(&self, name: &str, input: &str, requests: usize) -> anyhow::Result<Took> {
-        let operator = self.operator().await?;
+        let simulator = self.simulator().await?;
+        let operator = self.operator(&simulator).await?;
         let idle = operator.usage()?.rss;
-        let start = Instant::now();
+        let (created, at_first) = (Timestamp::now(), self.spent(operator.pid()?)?);
         self.create(name, input).await?;
-        self.until(name, "submitted", submitted).await?;
-        let sent = start.elapsed();
-        self.until(name, "told the end of its batch", |s| !s["callback"].is_null()).await?;
-        let ended = Instant::now();
-        let status = self.until(name, "complete", |s| s["state"] == "Succeeded").await?;
-        let output = ended.elapsed();
+        let batch = self.submitted(name).await?;
+        let sent = self.spent(operator.pid()?)?;
+        let copied = self.copy(input).await?;
+        simulator.finish(&batch).await?;
+        self.told(name).await?;
+        let (told, at_rest) = (Instant::now(), self.spent(operator.pid()?)?);
+        let status = self.complete(name).await?;
+        let output = told.elapsed();
+        let at_last = self.spent(operator.pid()?)?;
         let peak = operator.usage()?.peak;
         operator.stop().await?;
-        let size = self.store.head(&input.into()).await?.size;
-        let (sha256, results) = self.verify(name, &status, requests).await?;
-        Ok(Took {
-            input: sent,
+        // What Gemini does with the input from there on is not the operator's affair.
+        let arrived = uploads(&simulator).await?.last().context("nothing was sent")?.0;
+        simulator.stop().await?;
+        self.store.delete(&COPY.into()).await?;
+        let input_bytes = self.store.head(&input.into()).await?.size;
+        let (sha256, result_bytes) = self.verify(name, &status, requests).await?;
+        let took = Took {
+            input: Duration::try_from(arrived.duration_since(created))?,
             output,
-            bytes: [mega(size), mega(results)],
+            cpu: (sent.saturating_sub(at_first)) + at_last.saturating_sub(at_rest),
+            bytes: [input_bytes, result_bytes],
             idle,
             peak,
             sha256,
-            batch: batch(&status),
-        })
+            copied,
+        };
+        say(&format!(
+            "{name}: in {:.1} s, {:.1} MB/s; out {:.1} s, {:.1} MB/s; {:.1} s of processor time; at most {:.1} MiB",
+            took.input.as_secs_f64(),
+            speed(input_bytes, took.input),
+            output.as_secs_f64(),
+            speed(result_bytes, output),
+            took.cpu.as_secs_f64(),
+            mib(peak)
+        ));
+        Ok(took)
     }
 
-    /// Whether the results are in input order, each once, and have the hash that the status names.
+    /// Whether the results are in input order, each once, and nothing else, and have the hash that the status names. Their
+    /// hash and size; they are deleted.
     async fn verify(&self, name: &str, status: &Value, requests: usize) -> anyhow::Result<(String, u64)> {
         let objects =
             status["output"]["objectStore"]["objects"].as_array().context("no objects in the status")?;
-        let named =
-            |suffix: &str| objects.iter().find(|o| o["name"].as_str().is_some_and(|n| n.ends_with(suffix)));
-        let results = named("results.jsonl").with_context(|| format!("no results: {status}"))?;
+        let [results] = objects.as_slice() else {
+            bail!("{name} has more or less than results: {objects:?}")
+        };
         let path = format!("{name}/{}", results["name"].as_str().unwrap_or_default());
+        ensure!(path.ends_with("/results.jsonl"), "{name} has no results: {objects:?}");
         let object = self.store.head(&path.as_str().into()).await?;
         let mut reader = self.store.read(&object);
         let (mut hash, mut rest, mut number) = (digest::Context::new(&digest::SHA256), Vec::new(), 0);
@@ -357,7 +455,7 @@ impl Bench<'_> {
             rest.extend_from_slice(&bytes);
             let mut from = 0;
             while let Some(end) = rest[from..].iter().position(|b| *b == b'\n') {
-                let wanted = format!(r#"{{"key":"{}","response":"#, key(number));
+                let wanted = format!(r#"{{"key":"{}","response":{{"#, key(number));
                 ensure!(
                     rest[from..].starts_with(wanted.as_bytes()),
                     "{path}: line {} is not the answer to {}",
@@ -383,104 +481,167 @@ impl Bench<'_> {
             "{path} has {requests} lines, the status says {}",
             results["lines"]
         );
+        self.store.delete(&object.path).await?;
         Ok((sha256, object.size))
     }
 
-    async fn undisturbed(&self) -> anyhow::Result<Took> {
-        let took = self.job("undisturbed", "large.jsonl", self.args.requests).await?;
-        say(&format!(
-            "a job: {:.1} s from its creation to the batch, {:.1} s from the callback to Complete; results of {:.0} MB",
-            took.input.as_secs_f64(),
-            took.output.as_secs_f64(),
-            took.bytes[1]
-        ));
-        Ok(took)
-    }
-
-    fn tell(&mut self, took: &Took, copy: f64) {
-        let speeds = [took.bytes[0] / took.input.as_secs_f64(), took.bytes[1] / took.output.as_secs_f64()];
-        for (what, speed) in
-            [("input: read twice, checked, sent", speeds[0]), ("results: read, joined, written", speeds[1])]
-        {
-            self.table.timed(
-                what,
-                ">= 50 % of a plain copy",
-                format!("{speed:.1} MB/s, {:.0} % of {copy:.1}", speed / copy * 100.0),
-                speed >= copy * SHARE,
+    /// Jobs with a copy in each, the last one's results for comparison.
+    async fn rounds(&mut self) -> anyhow::Result<Took> {
+        let mut jobs = Vec::new();
+        for round in 1..=self.args.rounds {
+            jobs.push(self.job(&format!("round-{round}"), LARGE, self.args.requests).await?);
+        }
+        let share = |of: &dyn Fn(&Took, &Copied) -> f64| {
+            let all: Vec<f64> = jobs.iter().map(|job| of(job, &job.copied)).collect();
+            let each: Vec<_> = all.iter().map(|share| format!("{:.0}", share * 100.0)).collect();
+            (median(&all), format!("{:.0} % ({})", median(&all) * 100.0, each.join(", ")))
+        };
+        // Bytes of a copy are counted once, and so are those that a job takes in and those that it gives out.
+        let input = jobs.first().map_or(0, |job| job.bytes[0]);
+        let of_copy = |copy: &Copied| speed(input, copy.took);
+        let rows = [
+            (
+                "MB/s in and out, of a copy's",
+                share(&|job, copy| speed(job.both(), job.input + job.output) / of_copy(copy)),
+            ),
+            (
+                "  in: read twice, checked, sent",
+                share(&|job, copy| speed(job.bytes[0], job.input) / of_copy(copy)),
+            ),
+            (
+                "  out: read, joined, written",
+                share(&|job, copy| speed(job.bytes[1], job.output) / of_copy(copy)),
+            ),
+            (
+                "MB by processor time, of a copy's",
+                share(&|job, copy| speed(job.both(), job.cpu) / speed(input, copy.cpu)),
+            ),
+        ];
+        for (what, (median, measured)) in rows {
+            self.table.timed(what, ">= 50 %", measured, median >= SHARE);
+        }
+        let last = jobs.pop().context("no rounds")?;
+        let differ = jobs.iter().any(|job| job.sha256 != last.sha256);
+        ensure!(!differ, "the same input had other results");
+        let highest = jobs.iter().chain([&last]).max_by_key(|job| job.peak.saturating_sub(job.idle));
+        if let Some(job) = highest {
+            self.table.memory(
+                &format!("memory, {:.0} MB in, {:.0} MB out", mega(job.bytes[0]), mega(job.bytes[1])),
+                job,
             );
         }
-        self.memory(&format!("memory, {:.0} MB in and {:.0} MB out", took.bytes[0], took.bytes[1]), took);
+        Ok(last)
     }
 
-    fn memory(&mut self, what: &str, took: &Took) {
-        self.table.hard(
-            what,
-            "<= 64 MiB above idle",
-            format!("{:.1} MiB, idle {:.1}", mib(took.peak), mib(took.idle)),
-            took.peak.saturating_sub(took.idle) <= RSS_KIB,
-        );
-    }
-
-    /// The same job, with the operator killed while the input is on its way, while results are read, and while they are
-    /// written or soon before or after.
+    /// The same job, with the operator killed when half of the input is at Gemini, when half of the results have been read,
+    /// and when half of them are written.
     async fn killed(&mut self, clean: &Took) -> anyhow::Result<()> {
         let name = "killed";
-        let operator = self.operator().await?;
-        self.create(name, "large.jsonl").await?;
-        tokio::time::sleep(clean.input.mul_f64(0.75)).await;
-        let early = !submitted(&self.status(name).await?);
+        let [input, results] = clean.bytes;
+        let simulator = self.simulator().await?;
+        let operator = self.operator(&simulator).await?;
+        self.create(name, LARGE).await?;
+        let half = async |s: &Value| {
+            ensure!(!submitted(s), "it was not seen on its way");
+            Ok(uploads(&simulator).await?.iter().map(|(_, bytes)| bytes).sum::<u64>() >= input / 2)
+        };
+        self.until(name, "half sent", half).await?;
         operator.kill().await?;
-        let operator = self.operator().await?;
-        self.until(name, "told the end of its batch", |s| !s["callback"].is_null()).await?;
-        tokio::time::sleep(clean.output.mul_f64(0.3)).await;
+        say("killed: half of the input was at Gemini");
+
+        let operator = self.operator(&simulator).await?;
+        let batch = self.submitted(name).await?;
+        simulator.finish(&batch).await?;
+        self.told(name).await?;
+        let pid = operator.pid()?;
+        let half = async |s: &Value| {
+            ensure!(!succeeded(s), "it was not seen on its way");
+            Ok(spooled(pid, self.dir)? >= results / 2)
+        };
+        self.until(name, "half read", half).await?;
         operator.kill().await?;
-        let operator = self.operator().await?;
-        tokio::time::sleep(clean.output.mul_f64(0.8)).await;
-        let late = self.status(name).await?["state"] != "Succeeded";
+        say("killed: half of the results were read");
+
+        let operator = self.operator(&simulator).await?;
+        let parts = self.dir.join(format!("data/{BUCKET}/.sgwtmp/multipart"));
+        let half = async |s: &Value| {
+            ensure!(!succeeded(s), "it was not seen on its way");
+            Ok(size_below(&parts) >= results / 2)
+        };
+        self.until(name, "half written", half).await?;
         operator.kill().await?;
-        let operator = self.operator().await?;
-        let status = self.until(name, "complete", |s| s["state"] == "Succeeded").await?;
+        say("killed: half of the results were written");
+
+        let operator = self.operator(&simulator).await?;
+        let status = self.complete(name).await?;
         operator.stop().await?;
         let (sha256, _) = self.verify(name, &status, self.args.requests).await?;
-        self.table.hard(
-            "killed three times: results",
-            "the same",
-            if sha256 == clean.sha256 { "the same" } else { "others" }.to_owned(),
-            sha256 == clean.sha256,
-        );
-        let creates = self.creates().await?;
-        let paid = creates.iter().filter(|name| ![&clean.batch].contains(name)).count();
-        self.table.hard("killed three times: batches", "1", paid.to_string(), paid == 1);
-        let hit = u8::from(early) + 1 + u8::from(late);
-        self.table.hard("killed three times: kills that hit", "3", hit.to_string(), hit == 3);
-        Ok(())
-    }
-
-    /// The batches that Gemini was asked for.
-    async fn creates(&self) -> anyhow::Result<Vec<String>> {
-        let log = self.simulator.get("batches").await?;
-        let batches = log.as_array().or(log["batches"].as_array()).context("no batches")?;
-        Ok(batches.iter().filter_map(|b| b["name"].as_str()).map(ToOwned::to_owned).collect())
+        let (same, others) = ("the same", "others");
+        let found = if sha256 == clean.sha256 { same } else { others };
+        self.table.hard("killed three times: results", same, found.to_owned(), sha256 == clean.sha256);
+        let batches = simulator.get("batches").await?["batches"].as_array().map_or(0, Vec::len);
+        self.table.hard("killed three times: batches", "1", batches.to_string(), batches == 1);
+        simulator.stop().await
     }
 
     async fn many_keys(&mut self) -> anyhow::Result<()> {
-        let took = self.job("keys", "keys.jsonl", self.args.keys).await?;
-        say(&format!(
-            "{} keys: {:.1} s from the job's creation to the batch, {:.1} s from the callback to Complete",
-            self.args.keys,
-            took.input.as_secs_f64(),
-            took.output.as_secs_f64()
-        ));
-        self.memory(&format!("memory, {} keys joined", self.args.keys), &took);
+        let took = self.job("keys", KEYS, self.args.keys).await?;
+        self.table.memory(&format!("memory, {} keys joined", self.args.keys), &took);
         Ok(())
     }
+}
+
+impl Table {
+    fn memory(&mut self, what: &str, took: &Took) {
+        let above = took.peak.saturating_sub(took.idle);
+        let measured = format!("{:.1} MiB, at most {:.1}", mib(above), mib(took.peak));
+        self.hard(what, "<= 64 MiB above idle", measured, above <= RSS_KIB);
+    }
+}
+
+fn succeeded(status: &Value) -> bool {
+    status["state"] == "Succeeded"
 }
 
 fn submitted(status: &Value) -> bool {
     status["attempts"].as_array().is_some_and(|all| all.iter().any(|a| !a["batchName"].is_null()))
 }
 
-fn batch(status: &Value) -> String {
-    let attempts = status["attempts"].as_array();
-    attempts.and_then(|all| all[0]["batchName"].as_str()).unwrap_or_default().to_owned()
+/// When each piece of an upload had arrived, and its size.
+async fn uploads(simulator: &Simulator) -> anyhow::Result<Vec<(Timestamp, u64)>> {
+    let log = simulator.get("log").await?;
+    let entries = log["entries"].as_array().context("no log")?;
+    let pieces = entries.iter().filter(|entry| entry["op"] == "UploadChunk");
+    pieces
+        .map(|entry| {
+            let time = entry["time"].as_str().context("no time")?.parse()?;
+            Ok((time, entry["bytes"].as_u64().unwrap_or_default()))
+        })
+        .collect()
+}
+
+/// Size of the largest file of a process below `dir`, also if it has no name any more.
+fn spooled(pid: u32, dir: &Path) -> anyhow::Result<u64> {
+    let mut largest = 0;
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let path = entry?.path();
+        // What is closed meanwhile is none of them.
+        if std::fs::read_link(&path).is_ok_and(|to| to.starts_with(dir) && to.extension().is_none())
+            && let Ok(metadata) = std::fs::metadata(&path)
+        {
+            largest = largest.max(metadata.len());
+        }
+    }
+    Ok(largest)
+}
+
+/// Bytes of all files in a directory and those below it.
+fn size_below(dir: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(dir) else { return 0 };
+    let sizes = entries.flatten().map(|entry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() => size_below(&entry.path()),
+        Ok(metadata) => metadata.len(),
+        Err(_) => 0,
+    });
+    sizes.sum()
 }

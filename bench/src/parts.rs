@@ -141,6 +141,7 @@ impl Simulator {
     ) -> anyhow::Result<Self> {
         let name = if clock.is_some() { "simulator-fast" } else { "simulator" };
         let port_file = logs.join(format!("{name}.port"));
+        let _ = std::fs::remove_file(&port_file); // of one before it
         let mut command = Command::new(binary);
         command.args(["--listen=127.0.0.1:0", "--pending-seconds=0.2"]);
         command.arg(format!("--running-seconds={seconds}")).arg("--port-file").arg(&port_file);
@@ -206,7 +207,7 @@ impl Operator {
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("GBO_")) {
             command.env_remove(name);
         }
-        command.env("KUBECONFIG", &control_plane.kubeconfig).stdout(Stdio::null());
+        command.env("KUBECONFIG", &control_plane.kubeconfig).env("TMPDIR", logs).stdout(Stdio::null());
         command.args(["run", "--allow-insecure-upstream", "--allow-insecure-callbacks"]);
         command.arg(format!("--gemini-base-url={}", simulator.url));
         command.arg(format!("--external-url=http://{callbacks}"));

@@ -184,7 +184,7 @@ pub(crate) fn usable<'a>(
 pub(crate) fn get(shared: &Shared, caller: &Caller, name: &str) -> Result<Answer, ApiError> {
     let id = name.trim_start_matches("files/");
     if id.starts_with("batch-") {
-        return Ok(Answer::json(result(shared, caller, id)?.0));
+        return Ok(Answer::json(result_view(shared, id, &result(shared, caller, id)?)));
     }
     let inner = shared.lock();
     match usable(&inner.files, name, &caller.project, shared.now()) {
@@ -193,35 +193,46 @@ pub(crate) fn get(shared: &Shared, caller: &Caller, name: &str) -> Result<Answer
     }
 }
 
-/// A result file: what GET shows of it, and its content.
-fn result(shared: &Shared, caller: &Caller, id: &str) -> Result<(Value, Bytes), ApiError> {
+/// A result file.
+struct ResultFile {
+    content: Bytes,
+    created: Timestamp,
+    expires: Timestamp,
+}
+
+fn result(shared: &Shared, caller: &Caller, id: &str) -> Result<ResultFile, ApiError> {
     let now = shared.now();
     let mut inner = shared.lock();
     let life = SignedDuration::try_from_secs_f64(inner.switches.output_life_hours * 3600.0);
     let batch = inner.visible(id.trim_start_matches("batch-"), caller).map_err(|_| ApiError::no_file(id))?;
-    let (Some(ended), Some(content)) = (batch.ended, &batch.output) else {
+    let (Some(created), Some(content)) = (batch.ended, &batch.output) else {
         return Err(ApiError::no_file(id));
     };
-    let expires = ended.checked_add(life.unwrap_or(SignedDuration::MAX)).unwrap_or(Timestamp::MAX);
+    let expires = created.checked_add(life.unwrap_or(SignedDuration::MAX)).unwrap_or(Timestamp::MAX);
     let readable = batch.file.is_some() && batch.readable_from.is_none_or(|t| t <= now) && now < expires;
     if !readable {
         return Err(ApiError::no_file(id));
     }
+    Ok(ResultFile { content: content.clone(), created, expires })
+}
+
+/// What GET shows of it.
+fn result_view(shared: &Shared, id: &str, file: &ResultFile) -> Value {
+    let ResultFile { content, created, expires } = file;
     let uri = format!("{}/v1beta/files/{id}", shared.base_url);
-    let view = json!({
+    json!({
         "name": format!("files/{id}"),
         "mimeType": "application/jsonl",
         "sizeBytes": content.len().to_string(),
-        "createTime": ended.to_string(),
-        "updateTime": ended.to_string(),
+        "createTime": created.to_string(),
+        "updateTime": created.to_string(),
         "expirationTime": expires.to_string(),
         "sha256Hash": STANDARD.encode(hash(content)),
         "uri": uri,
         "downloadUri": format!("{uri}:download?alt=media"),
         "state": "ACTIVE",
         "source": "GENERATED",
-    });
-    Ok((view, content.clone()))
+    })
 }
 
 pub(crate) fn delete(shared: &Shared, caller: &Caller, name: &str) -> Result<Answer, ApiError> {
@@ -274,5 +285,5 @@ pub(crate) fn download(shared: &Shared, caller: &Caller, name: &str) -> Result<A
             None => ApiError::no_file(id),
         });
     }
-    Ok(Answer::bytes("application/jsonl", result(shared, caller, id)?.1))
+    Ok(Answer::bytes("application/jsonl", result(shared, caller, id)?.content))
 }

@@ -21,6 +21,7 @@ use super::stored::{self, Failure};
 use super::transfers::Room;
 use super::{Credential, Problem, decide, earlier, observe, output};
 use crate::api::{GeminiBatchJob, Reason};
+use crate::crash;
 use crate::gemini::results::{self, ResultLine};
 use crate::gemini::{self, Batch, BatchName};
 
@@ -247,6 +248,7 @@ impl Order {
                 }
             };
             taken.map_err(|e| no_room(&e))?;
+            crash::at("results", "line");
         }
         Ok(ResultFile {
             name: file.map(|f| f.to_string()),

@@ -460,7 +460,7 @@ impl<'a> Sink<'a> {
         self.open_line = *last != b'\n';
         self.hash.update(bytes);
         self.bytes += number(bytes.len());
-        self.lines += number(bytes.split(|b| *b == b'\n').count() - 1);
+        self.lines += number(memchr::memchr_iter(b'\n', bytes).count());
         self.writer.write(bytes).await.map_err(|e| failure(&e))
     }
 
@@ -644,6 +644,7 @@ impl Content {
                 let mut stream = kept.0.stream(what);
                 while let Some(bytes) = stream.next(CHUNK_BYTES).map_err(|e| Failure::Passing(no_room(&e)))? {
                     sink.put(&bytes).await?;
+                    crash::at("publish", "chunk");
                 }
                 Ok(())
             }

@@ -9,10 +9,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Secret;
 use kube::{Api, Client, ResourceExt as _};
+use memchr::memchr;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
@@ -29,8 +30,9 @@ use super::shards::{
 use super::transfers::{self, Owner, Waited};
 use super::{Credential, InputFacts, Problem, act, decide, earlier, input, request};
 use crate::api::{GeminiBatchJob, LocalRef, Method, ObjectStoreInput, Reason};
+use crate::crash;
 use crate::gemini::{self, CHUNK_BYTES, FileName, Session, Upload};
-use crate::store::{self, Access, Kind, Location, Object, Purpose, Reader, Store, Stores};
+use crate::store::{self, Access, Block, Kind, Location, Object, Purpose, Reader, Store, Stores};
 
 /// Where it stands in the job, for messages.
 const FIELD: &str = "spec.input.objectStore";
@@ -365,7 +367,7 @@ impl<'a> LineReader<'a> {
         each: &mut impl FnMut(Line<'_>) -> Result<(), String>,
     ) -> Result<(), Failure> {
         let mut rest = bytes;
-        while let Some(end) = rest.iter().position(|b| *b == b'\n') {
+        while let Some(end) = memchr(b'\n', rest) {
             let (line, after) = rest.split_at(end);
             rest = &after[1..];
             if self.partial.is_empty() {
@@ -790,6 +792,7 @@ async fn send(
         let mut offset = begin;
         while let Some(chunk) = ready.recv().await {
             offset = gemini.upload_chunk(&session, offset, &chunk).await?;
+            crash::at("upload", "chunk");
         }
         Ok(offset)
     };
@@ -818,7 +821,7 @@ async fn fill(
     chunks: mpsc::Sender<Bytes>,
 ) -> Result<Bytes, Failure> {
     let mut tally = Tally::default();
-    let mut cutter = Cutter { skip: begin, open: BytesMut::new(), full: VecDeque::new() };
+    let mut cutter = Cutter { skip: begin, open: None, full: VecDeque::new() };
     while lines
         .step(|line| {
             if stored.answered.as_ref().is_some_and(|lines| lines.contains(line.number)) {
@@ -841,7 +844,7 @@ async fn fill(
     if now != stored.facts {
         return Err(Failure::Changed);
     }
-    Ok(cutter.open.freeze())
+    Ok(cutter.open.map(Block::freeze).unwrap_or_default())
 }
 
 /// Cuts bytes into chunks, each with memory of its own and no more than that: three of them are all that a transfer holds.
@@ -849,7 +852,7 @@ struct Cutter {
     /// Bytes that have arrived already.
     skip: u64,
     /// The chunk that is being filled. Never empty once there was a byte: the last one must not be.
-    open: BytesMut,
+    open: Option<Block>,
     full: VecDeque<Bytes>,
 }
 
@@ -859,15 +862,10 @@ impl Cutter {
         self.skip -= known as u64;
         let mut rest = &bytes[known..];
         while !rest.is_empty() {
-            if self.open.len() == CHUNK_BYTES {
-                self.full.push_back(std::mem::take(&mut self.open).freeze());
+            if let Some(full) = self.open.take_if(|open| open.is_full()) {
+                self.full.push_back(full.freeze());
             }
-            if self.open.is_empty() {
-                self.open = BytesMut::with_capacity(CHUNK_BYTES);
-            }
-            let (part, after) = rest.split_at(rest.len().min(CHUNK_BYTES - self.open.len()));
-            self.open.extend_from_slice(part);
-            rest = after;
+            rest = self.open.get_or_insert_with(|| Block::new(CHUNK_BYTES)).push(rest);
         }
     }
 }
@@ -981,7 +979,7 @@ mod tests {
             skip in 0usize..CHUNK_BYTES,
         ) {
             let bytes: Vec<u8> = (0..sizes.iter().sum()).map(|i: usize| i.to_le_bytes()[i % 3]).collect();
-            let mut cutter = Cutter { skip: skip as u64, open: BytesMut::new(), full: VecDeque::new() };
+            let mut cutter = Cutter { skip: skip as u64, open: None, full: VecDeque::new() };
             let mut rest = bytes.as_slice();
             for size in sizes {
                 let (part, after) = rest.split_at(size);
@@ -989,9 +987,10 @@ mod tests {
                 rest = after;
             }
             prop_assert!(cutter.full.iter().all(|chunk| chunk.len() == CHUNK_BYTES));
-            prop_assert!(bytes.len() <= skip || !cutter.open.is_empty());
+            let open = cutter.open.map(Block::freeze).unwrap_or_default();
+            prop_assert!(bytes.len() <= skip || !open.is_empty());
             let mut all: Vec<u8> = cutter.full.iter().flat_map(|chunk| chunk.to_vec()).collect();
-            all.extend_from_slice(&cutter.open);
+            all.extend_from_slice(&open);
             prop_assert!(all == bytes[skip.min(bytes.len())..]);
         }
     }

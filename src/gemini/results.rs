@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use bytes::{Bytes, BytesMut};
 use futures::{Stream, StreamExt as _};
+use memchr::memchr;
 use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -196,7 +197,7 @@ where
     pub async fn next(&mut self) -> Result<Option<RawLine>, E> {
         let mut searched = 0;
         loop {
-            if let Some(at) = self.buffer[searched..].iter().position(|b| *b == b'\n') {
+            if let Some(at) = memchr(b'\n', &self.buffer[searched..]) {
                 let bytes = self.buffer.split_to(searched + at + 1).freeze();
                 let cut = std::mem::take(&mut self.in_long_line);
                 return Ok(Some(RawLine { bytes, cut }));

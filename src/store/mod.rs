@@ -10,10 +10,12 @@
 //! | `mapped` | directories, opened without following links |
 //! | `read` | an object as a stream that goes on where it broke off |
 //! | `write` | objects that are written, on a condition or as a stream |
+//! | `block` | buffers whose memory goes back to the system |
 //! | `error` | what an answer that is no success means |
 //!
 //! What is said of an error holds no text of a store's answer: it may quote a key.
 
+mod block;
 mod endpoint;
 mod error;
 mod http;
@@ -35,6 +37,7 @@ use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::path::Path;
 use object_store::{BackoffConfig, ObjectStore, ObjectStoreExt as _, RetryConfig};
 
+pub use block::Block;
 pub use endpoint::{EndpointError, Endpoints};
 pub use error::{Error, Kind, Purpose};
 pub use location::{Location, Scheme};

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use object_store::path::Path;
 use object_store::{
     MultipartUpload, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutPayload, UpdateVersion,
@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 
 use super::error::{self, Error, Kind};
 use super::mapped::Draft;
-use super::{Backend, Store};
+use super::{Backend, Block, Store};
 
 /// Bytes of a part of a stream. All but the last have this size: some stores want them equal, S3 no smaller, and of ten
 /// thousand of them at most.
@@ -141,7 +141,7 @@ impl Store {
     /// Begins to write an object. Nobody sees it before [`Writer::finish`].
     #[must_use]
     pub fn write(&self, path: &Path) -> Writer<'_> {
-        Writer { store: self, path: path.clone(), buffer: BytesMut::new(), size: 0, to: To::Nowhere }
+        Writer { store: self, path: path.clone(), buffer: None, size: 0, to: To::Nowhere }
     }
 }
 
@@ -157,7 +157,7 @@ pub struct Writer<'a> {
     store: &'a Store,
     path: Path,
     /// Less than a part.
-    buffer: BytesMut,
+    buffer: Option<Block>,
     size: u64,
     to: To,
 }
@@ -173,18 +173,18 @@ impl Writer<'_> {
     /// Bytes held in memory, apart from parts that are on their way.
     #[must_use]
     pub fn held(&self) -> usize {
-        self.buffer.capacity()
+        self.buffer.as_ref().map_or(0, Block::len)
     }
 
     /// Adds bytes; waits while enough are on their way.
     pub async fn write(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
         while !bytes.is_empty() {
-            let (now, rest) = bytes.split_at(bytes.len().min(PART_BYTES - self.buffer.len()));
-            self.buffer.extend_from_slice(now);
-            bytes = rest;
-            if self.buffer.len() == PART_BYTES {
-                let part = self.buffer.split().freeze();
-                self.part(part).await?;
+            let buffer = self.buffer.get_or_insert_with(|| Block::new(PART_BYTES));
+            bytes = buffer.push(bytes);
+            if buffer.is_full()
+                && let Some(part) = self.buffer.take()
+            {
+                self.part(part.freeze()).await?;
             }
         }
         Ok(())
@@ -213,7 +213,7 @@ impl Writer<'_> {
 
     /// All bytes are there: now it is an object. Its size.
     pub async fn finish(mut self) -> Result<u64, Error> {
-        let rest = self.buffer.split().freeze();
+        let rest = self.buffer.take().map(Block::freeze).unwrap_or_default();
         let is_small = matches!(self.to, To::Nowhere);
         if let (true, Backend::Remote(remote)) = (is_small, &self.store.backend) {
             let size = rest.len() as u64;
@@ -324,4 +324,35 @@ async fn take_back(mut upload: Box<dyn MultipartUpload>) {
         tokio::time::sleep(pause).await;
     }
     tracing::warn!("parts of an object that was given up could not be deleted: see the bucket's rules");
+}
+
+#[cfg(test)]
+mod tests {
+    use object_store::memory::InMemory;
+
+    use super::super::{Purpose, Timeouts};
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_written_in_pieces_is_put_together_in_order() {
+        let memory = Arc::new(InMemory::new());
+        let store = Store {
+            backend: Backend::Remote(Arc::clone(&memory) as Arc<dyn ObjectStore>),
+            host: "memory".to_owned(),
+            timeouts: Timeouts::default(),
+            root: "memory://".to_owned(),
+            field: "spec.output.objectStore".to_owned(),
+            purpose: Purpose::Write,
+        };
+        let path = Path::from("large");
+        let piece: Vec<u8> = (0..=u8::MAX).cycle().take(300_001).collect();
+        let mut writer = store.write(&path);
+        for _ in 0..50 {
+            writer.write(&piece).await.unwrap();
+            assert!(writer.held() <= PART_BYTES, "{}", writer.held());
+        }
+        assert_eq!(writer.finish().await.unwrap(), 50 * 300_001);
+        let content = memory.get(&path).await.unwrap().bytes().await.unwrap();
+        assert!(content == piece.repeat(50), "all of it, in order");
+    }
 }

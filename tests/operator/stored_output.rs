@@ -780,6 +780,52 @@ at! {
     killed_before_the_end_is_recorded: "before:Finished",
 }
 
+/// Ten thousand requests on their way from S3 to S3. Dies with some of them at Gemini, with some of the results read, and
+/// with parts of them written: the same results in the end, paid once.
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_in_the_midst_of_each_transfer_the_results_are_the_same() {
+    const COUNT: usize = 10_000;
+    let (env, s3) = with_s3().await;
+    let content = (0..COUNT).fold(String::new(), |all, i| {
+        let shuffle = if i == 0 { "[[sim:shuffle]]" } else { "" };
+        all + &line(&i.to_string(), &format!("[[sim:big=2000]]{shuffle} {}", "y".repeat(1900))) + "\n"
+    });
+    let sent = hex(content.as_bytes());
+    s3.put("in", content).await;
+    let input = json!({"uri": format!("s3://{BUCKET}/in"), "credentialsRef": {"name": "store"}, "endpoint": s3.endpoint()});
+    let to = |place| to_s3(with_input(json!({"objectStore": input}), None), &s3.endpoint(), place);
+
+    let mut process = env.spawn(Some("upload:chunk@2"));
+    env.create("killed", to(PLACE)).await;
+    process.ended().await;
+    assert_eq!(env.count(Op::BatchCreate), 0);
+    let mut process = env.spawn(Some("results:line@5000"));
+    process.ended().await;
+    assert_eq!(s3.get(&format!("{PLACE}/manifest.json")).await, None);
+    let mut process = env.spawn(Some("publish:chunk@60"));
+    process.ended().await;
+    assert!(s3.parts() > 0, "on their way");
+    assert_eq!(s3.get(&format!("{PLACE}/manifest.json")).await, None);
+    let _last = env.spawn(None);
+    let killed = env.cleaned("killed").await;
+    assert_eq!(
+        (state(&killed), counts(&killed)),
+        ("Succeeded", (size(COUNT), size(COUNT), 0)),
+        "{:?}",
+        ready(&killed)
+    );
+    assert_eq!((env.count(Op::BatchCreate), env.sim.batches().len()), (1, 1));
+    let attempts = &killed.status.as_ref().unwrap().attempts;
+    assert_eq!(attempts.iter().map(|a| a.input_sha256.as_deref()).collect::<Vec<_>>(), [Some(sent.as_str())]);
+    let found = read(&s3, PLACE, &killed).await;
+    let expected: Vec<String> = (0..COUNT).map(|i| i.to_string()).collect();
+    assert_eq!((found.len(), keys(&found[0].1)), (1, expected.iter().map(String::as_str).collect()));
+
+    env.create("undisturbed", to("undisturbed")).await;
+    let undisturbed = env.cleaned("undisturbed").await;
+    assert_eq!(objects(&killed)[0].sha256, objects(&undisturbed)[0].sha256);
+}
+
 // ---------------------------------------------------------------------------------------------------- rules
 
 #[tokio::test(flavor = "multi_thread")]

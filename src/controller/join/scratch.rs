@@ -8,6 +8,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use memchr::memchr;
+
 /// A directory for temporary files. Cheap to clone; all clones share the limit.
 #[derive(Clone, Debug)]
 pub struct Scratch {
@@ -230,7 +232,7 @@ impl<'a> Reads<'a> {
         loop {
             let from = usize::try_from(offset.saturating_sub(self.start)).unwrap_or(usize::MAX);
             let there = if offset < self.start { None } else { self.buffer.get(from..) };
-            if let Some(len) = there.and_then(|b| b.iter().position(|b| *b == b'\n')) {
+            if let Some(len) = there.and_then(|b| memchr(b'\n', b)) {
                 self.last = offset + len as u64 + 1;
                 return Ok(self.buffer.get(from..from + len));
             }
