@@ -172,6 +172,26 @@ impl Kept {
     }
 }
 
+/// Lines as they are stored.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Text {
+    /// A line for each request with a result, in input order: `key` and `response` or `error`.
+    pub results: String,
+    /// A line for each request without a result: `key`.
+    pub missing: String,
+    /// Lines that repeat a key, have one that was not sent, or can't be read, as they came.
+    pub unmatched: String,
+}
+
+/// Lines for a `ConfigMap`, which are few.
+pub fn text(kept: &Kept) -> io::Result<Text> {
+    Ok(Text {
+        results: kept.text(What::Results)?,
+        missing: kept.text(What::Missing)?,
+        unmatched: kept.text(What::Unmatched)?,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -180,7 +200,6 @@ mod tests {
     use super::*;
     use crate::api::GeminiBatchJob;
     use crate::controller::join::{Join, Keep, Limits, Scratch};
-    use crate::controller::output;
     use crate::controller::retry::Judge;
     use crate::gemini::results::ResultLine;
 
@@ -241,9 +260,9 @@ mod tests {
         c.0.line(line, &ResultLine::parse(line).unwrap()).unwrap();
     }
 
-    fn kept(out: &Collected) -> output::Text {
+    fn kept(out: &Collected) -> Text {
         let Lines::Kept(kept) = &out.lines else { panic!("{:?}", out.lines) };
-        output::text(kept).unwrap()
+        text(kept).unwrap()
     }
 
     fn results(out: &Collected) -> Vec<Value> {

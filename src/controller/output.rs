@@ -14,9 +14,9 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::Problem;
-use super::collect::{Collected, Kept};
+use super::collect::Collected;
+pub use super::collect::{Text, text};
 pub use super::destination::MANIFEST_KEY;
-use super::join::What;
 use crate::api::{
     CONTROLLER_MANAGER, GeminiBatchJob, JOB_NAME_ANNOTATION, JOB_UID_ANNOTATION, PARENT_UID_ANNOTATION,
     Reason, RequestCounts, Retention,
@@ -56,26 +56,6 @@ pub async fn reserve(client: &Client, job: &GeminiBatchJob, name: &str) -> Resul
         },
         Err(e) => write(Err(e), name),
     }
-}
-
-/// Lines as they are stored.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Text {
-    /// A line for each request with a result, in input order: `key` and `response` or `error`.
-    pub results: String,
-    /// A line for each request without a result: `key`.
-    pub missing: String,
-    /// Lines that repeat a key, have one that was not sent, or can't be read, as they came.
-    pub unmatched: String,
-}
-
-/// Lines for a `ConfigMap`, which are few.
-pub fn text(kept: &Kept) -> std::io::Result<Text> {
-    Ok(Text {
-        results: kept.text(What::Results)?,
-        missing: kept.text(What::Missing)?,
-        unmatched: kept.text(What::Unmatched)?,
-    })
 }
 
 /// Writes the results.
